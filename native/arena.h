@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * arena - variable-sized blocks in chunks; knows no pages of the file
+ *
+ * Descends from xvmalloc (Nitin Gupta, compcache): segregated free lists under two levels of
+ * bitmaps, boundary tags, immediate coalescing. Two things differ: blocks live in chunks of up
+ * to 64 KiB instead of OS pages, and a block names its owner, so that it can be moved.
+ *
+ *   chunk:  | block | block | free     | block | free |
+ *   block:  size 16, prev 16, owner 32, checksum 32, payload ...
+ *   free:   size 16 (bit 15 set), prev 16, next free 48, previous free 48, zeroes ...
+ *
+ * Sizes and prev (the size of the block before, 0 at the chunk's start) count 4-byte words,
+ * header included. A place is a block's offset from the arena's start in words.
+ *
+ * Between two calls:
+ *  - the blocks of a USED chunk tile it exactly, and each one's prev is the size of the one before;
+ *  - no two free blocks are neighbours;
+ *  - each free block is in the free list of its size class, unless its chunk is isolated;
+ *  - all bytes of a free block behind its header are zero: what is freed is gone;
+ *  - a chunk without allocated blocks is not USED: it went back to the region;
+ *  - each USED chunk is in the list of its occupancy, unless it is isolated.
+ *
+ * The free lists are searched best fit: classes are exact up to the largest page block, so a
+ * request gets the smallest free block that holds it, in two bit scans.
+ *
+ * Where a chunk is an OS page (the classic arena), a raw page does not fit beside a header: it
+ * gets a chunk of its own, state WHOLE, and its tag moves to the chunk table.
+ */
+#ifndef ARENA_H
+#define ARENA_H
+
+#include "region.h"
+
+#define BLOCK_HEADER_BYTES 12
+#define BLOCK_MIN_WORDS 4 /* a free block's header */
+
+#define ARENA_EXACT_WORDS 1088 /* exact classes below; the largest page block is 1027 */
+#define ARENA_STEP_WORDS 64    /* width of the classes above */
+#define ARENA_NR_CLASSES (ARENA_EXACT_WORDS + (16384 - ARENA_EXACT_WORDS) / ARENA_STEP_WORDS + 1)
+#define ARENA_MAP_WORDS ((ARENA_NR_CLASSES + 63) / 64)
+#define ARENA_NR_OCCUPANCY 64
+
+/* What the store keeps of a block; in its header, or in the chunk table where it is WHOLE. */
+struct block_tag {
+	uint32_t owner;
+	uint32_t checksum;
+};
+
+struct arena {
+	pthread_mutex_t lock;
+	struct region *region;
+	uint64_t class_map;
+	uint64_t class_maps[ARENA_MAP_WORDS];
+	uint64_t classes[ARENA_NR_CLASSES];	  /* place of the first free block, plus 1 */
+	uint32_t occupancy[ARENA_NR_OCCUPANCY]; /* USED chunks with n/64 of their words live */
+	uint64_t live_words;			  /* in USED chunks, headers included */
+	uint64_t nr_chunks;			  /* USED and WHOLE */
+	uint64_t nr_whole;
+	uint64_t nr_damaged; /* blocks whose tags made no sense when they were freed */
+	bool has_whole;
+};
+
+/** arena_init - an arena without chunks over @region. Return: 0. */
+int arena_init(struct arena *arena, struct region *region);
+void arena_fini(struct arena *arena);
+
+/**
+ * arena_alloc - get a block
+ * @bytes: payload, 1 to PAGE_BYTES
+ * @owner: written to its tag
+ * @compacting: see region_take_chunk()
+ *
+ * Context: arena->lock held.
+ * Return: 0, -EAGAIN (region_wait_ready() without the lock, then again), -ENOSPC.
+ */
+int arena_alloc(struct arena *arena, uint32_t bytes, uint32_t owner, bool compacting,
+		uint64_t *place);
+
+/**
+ * arena_free - free a block whose payload the caller has zeroed (see arena_wipe())
+ *
+ * A block whose tags do not fit its neighbours' is left alone and counted in nr_damaged.
+ *
+ * Context: arena->lock held.
+ * Return: 0, -EUCLEAN (left alone).
+ */
+int arena_free(struct arena *arena, uint64_t place);
+
+/** arena_wipe - zero a block's payload. Context: the block is the caller's alone; no lock. */
+void arena_wipe(struct arena *arena, uint64_t place, uint32_t bytes);
+
+/** arena_holds - can @place be a block with @bytes of payload? Says so without a lock, from what
+ * does not change while the block is allocated. */
+bool arena_holds(const struct arena *arena, uint64_t place, uint32_t bytes);
+
+struct block_tag *arena_tag(const struct arena *arena, uint64_t place);
+void *arena_payload(const struct arena *arena, uint64_t place);
+
+/**
+ * arena_isolate - take a chunk's free blocks and the chunk itself off all lists
+ *
+ * Nothing is allocated from an isolated chunk; frees in it go on. The last one gives it back.
+ *
+ * Context: arena->lock held; the chunk is USED.
+ * Return: 0, -EUCLEAN (its blocks do not tile it; left alone).
+ */
+int arena_isolate(struct arena *arena, uint32_t chunk);
+
+/** arena_unisolate - the reverse. Context: arena->lock held; the chunk is USED and isolated. */
+void arena_unisolate(struct arena *arena, uint32_t chunk);
+
+struct arena_block {
+	uint64_t place;
+	uint32_t words; /* header included */
+	uint32_t owner; /* of an allocated block */
+	bool is_free;
+};
+
+/**
+ * arena_walk - step over the blocks of a chunk
+ * @block: place is where to look; the rest is filled in
+ *
+ * Context: arena->lock held.
+ * Return: 1, 0 (past the chunk's last block), -EUCLEAN (tags make no sense).
+ */
+int arena_walk(const struct arena *arena, uint32_t chunk, struct arena_block *block);
+
+/* One allocated block, as the slot table knows it. */
+struct arena_claim {
+	uint64_t place;
+	uint32_t bytes;
+	uint32_t owner;
+};
+
+/**
+ * arena_rebuild_chunk - recreate a chunk's headers from its allocated blocks
+ * @claims: in order of place, inside the chunk, not overlapping
+ *
+ * Tags of the claimed blocks are kept, everything between them becomes free and zero. The chunk
+ * becomes USED and is listed.
+ */
+void arena_rebuild_chunk(struct arena *arena, uint32_t chunk, const struct arena_claim *claims,
+			 uint32_t nr);
+
+/** arena_check - verify all that the top of arena.h promises. Return: 0, -EUCLEAN. */
+int arena_check(struct arena *arena, char *message);
+
+static inline uint32_t arena_words(uint32_t bytes)
+{
+	uint32_t words = (bytes + BLOCK_HEADER_BYTES + 3) / 4;
+
+	return words < BLOCK_MIN_WORDS ? BLOCK_MIN_WORDS : words;
+}
+
+static inline uint32_t arena_chunk_of(const struct arena *arena, uint64_t place)
+{
+	return (uint32_t)(place >> arena->region->chunk_shift);
+}
+
+#endif

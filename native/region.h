@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * region - the shared memory that outlives a worker
+ *
+ *   0          header: format, geometry, counters
+ *   map_off    one bit for each page of the slot table that was ever touched
+ *   slot_off   slot table: a 64-bit slot for each page of the file
+ *   word_off   word table: the repeated word of same-filled pages whose slot cannot hold it, two
+ *              places for each page
+ *   chunk_off  chunk table: a struct chunk for each chunk
+ *   arena_off  chunks
+ *
+ * Everything is found by offset from the start; nothing in a region is a pointer. Untouched
+ * parts are holes in the file and read as zeroes: 'never used' is zero everywhere.
+ *
+ * A chunk is HOLE (no memory), READY (populated, all zero, the reserve), or USED (the arena's).
+ * One keeper thread for each region populates READY chunks ahead of need and punches those above
+ * the reserve, so that nobody else asks the OS for memory, or waits for it to take some.
+ *
+ * Locks: region->keeping (the keeper's work on the file, and whoever measures it), then
+ * region->lock (lists and counts; innermost of all, a few instructions).
+ */
+#ifndef REGION_H
+#define REGION_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "zswapfs.h"
+#include "slot.h"
+
+#define REGION_NR_COUNTERS 16
+#define CHUNK_NONE UINT32_MAX
+
+/* One set for each thread inside the store, so that no two write to one cache line. */
+struct counters {
+	_Atomic uint64_t reads, writes, failed_reads, failed_writes;
+	_Atomic uint64_t notify_free, discards;
+	/* Sums over all sets are what is there now; one set alone may wrap below zero. */
+	_Atomic uint64_t same_pages, pages_stored, good_pages, raw_pages, compr_bytes;
+	_Atomic uint64_t pages_compacted;
+} __attribute__((aligned(128)));
+
+struct region_header {
+	char magic[8];
+	uint32_t format;
+	uint32_t chunk_bytes;
+	uint64_t nr_pages, mem_limit, reserve_bytes;
+	uint64_t nr_chunks;
+	uint64_t map_off, slot_off, word_off, chunk_off, arena_off, total_bytes;
+	_Atomic uint32_t nr_chunks_touched; /* chunks from here on were never used */
+	_Atomic uint64_t invalid_io, pages_returned, max_used_bytes;
+	struct counters counters[REGION_NR_COUNTERS];
+};
+
+enum chunk_state {
+	CHUNK_HOLE = 0,
+	CHUNK_READY,
+	CHUNK_USED,	 /* holds blocks */
+	CHUNK_WHOLE,	 /* is one block, its tag in next and prev; only where chunks are pages */
+	CHUNK_RETURNING, /* between READY and HOLE, the keeper's */
+};
+
+struct chunk {
+	uint32_t next, prev; /* HOLE, READY: next in the list; USED: the arena's lists */
+	uint16_t live_words; /* USED: words in allocated blocks, headers included */
+	uint16_t nr_blocks;  /* USED: allocated blocks */
+	uint8_t state;
+	uint8_t isolated; /* USED: its free blocks are in no free list */
+	uint16_t unused;
+};
+
+struct region {
+	struct region_header *header;
+	_Atomic uint64_t *map;
+	slot_t *slots;
+	_Atomic uint64_t *words;
+	struct chunk *chunks;
+	uint32_t *arena;
+	uint32_t nr_chunks;
+	uint32_t chunk_bytes, chunk_words;
+	uint32_t chunk_shift; /* place >> chunk_shift is the chunk's number */
+	int fd;
+
+	pthread_mutex_t keeping;
+	pthread_mutex_t lock;
+	pthread_cond_t work;   /* the keeper waits here */
+	pthread_cond_t change; /* whoever needs a chunk, or a settled region, waits here */
+	uint32_t ready, holes; /* heads of lists */
+	uint32_t nr_ready, nr_used;
+	uint32_t reserve;   /* READY chunks to hold */
+	uint32_t max_used;  /* cap on USED chunks */
+	uint32_t spare;	    /* of these, the last ones only for compaction */
+	int refill_error;   /* of the last try to populate, 0 when it went well */
+	bool keeper_works;  /* is about to change the file */
+	bool stop;
+	pthread_t keeper;
+};
+
+/**
+ * region_format - lay out an empty region in @fd
+ *
+ * Return: 0, -EINVAL (options), -errno of ftruncate.
+ */
+int region_format(int fd, const struct store_options *options);
+
+/**
+ * region_map - map the region in @fd; the keeper is not yet started, no chunk is READY
+ *
+ * Return: 0, -EINVAL (not a region), -EPROTONOSUPPORT (another format), -ENOMEM.
+ */
+int region_map(struct region **out, int fd);
+
+/** region_start_keeper - Return: 0, -EAGAIN. */
+int region_start_keeper(struct region *region);
+
+/** region_destroy - stop the keeper, unmap. */
+void region_destroy(struct region *region);
+
+/**
+ * region_reset_chunks - forget which chunks are READY
+ *
+ * For rebuild: chunks that are USED or WHOLE stay, all others below nr_chunks_touched lose their
+ * memory and become HOLE. Recounts.
+ *
+ * Context: region->keeping held; nobody else inside.
+ */
+void region_reset_chunks(struct region *region);
+
+/**
+ * region_take_chunk - get a populated, zeroed chunk
+ * @compacting: may dip into the spare that the memory limit holds back for compaction
+ *
+ * Context: below the arena lock. Does not wait.
+ * Return: 0, -EAGAIN (none READY: region_wait_ready() and try again), -ENOSPC (memory limit).
+ */
+int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk);
+
+/** region_wait_ready - wait for the keeper. Return: 0, -ENOSPC (the OS has no memory). */
+int region_wait_ready(struct region *region);
+
+/** region_give_chunk - return a chunk; its memory must be zero. Context: below the arena lock. */
+void region_give_chunk(struct region *region, uint32_t chunk);
+
+/** region_settle - wait until all that is above the reserve has gone back to the OS. */
+void region_settle(struct region *region);
+
+/**
+ * region_punch - give OS pages of the arena back
+ * @offset: bytes from the arena's start
+ *
+ * Return: 0, -errno.
+ */
+int region_punch(struct region *region, uint64_t offset, uint64_t bytes);
+
+/** region_usage - what the OS says: resident bytes of arena, tables and reserve. */
+void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint64_t *reserve);
+
+/* Pages of the tables hold 512 entries each; an untouched one must not even be read, because
+ * reading a hole through a mapping allocates it. */
+#define TABLE_SLOTS (PAGE_BYTES / sizeof(slot_t))
+
+static inline bool region_touched(const struct region *region, uint64_t index)
+{
+	uint64_t page = index / TABLE_SLOTS;
+
+	return atomic_load_explicit(&region->map[page / 64], memory_order_acquire) >> page % 64 & 1;
+}
+
+static inline void region_touch(struct region *region, uint64_t index)
+{
+	uint64_t page = index / TABLE_SLOTS;
+
+	if (!region_touched(region, index))
+		atomic_fetch_or_explicit(&region->map[page / 64], 1ULL << page % 64,
+					 memory_order_acq_rel);
+}
+
+#endif
