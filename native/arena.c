@@ -360,6 +360,14 @@ static void chunk_for_each_free(struct arena *arena, uint32_t c,
 	}
 }
 
+uint32_t arena_sparsest(const struct arena *arena)
+{
+	for (uint32_t n = 0; n < ARENA_NR_OCCUPANCY; n++)
+		if (arena->occupancy[n] != CHUNK_NONE)
+			return arena->occupancy[n];
+	return CHUNK_NONE;
+}
+
 int arena_isolate(struct arena *arena, uint32_t c)
 {
 	int rv = chunk_tiles(arena, c);

@@ -39,7 +39,7 @@
 #define ARENA_STEP_WORDS 64    /* width of the classes above */
 #define ARENA_NR_CLASSES (ARENA_EXACT_WORDS + (16384 - ARENA_EXACT_WORDS) / ARENA_STEP_WORDS + 1)
 #define ARENA_MAP_WORDS ((ARENA_NR_CLASSES + 63) / 64)
-#define ARENA_NR_OCCUPANCY 64
+#define ARENA_NR_OCCUPANCY 256 /* lists of chunks, by how many 256ths of their words are live */
 
 /* What the store keeps of a block; in its header, or in the chunk table where it is WHOLE. */
 struct block_tag {
@@ -53,7 +53,7 @@ struct arena {
 	uint64_t class_map;
 	uint64_t class_maps[ARENA_MAP_WORDS];
 	uint64_t classes[ARENA_NR_CLASSES];	  /* place of the first free block, plus 1 */
-	uint32_t occupancy[ARENA_NR_OCCUPANCY]; /* USED chunks with n/64 of their words live */
+	uint32_t occupancy[ARENA_NR_OCCUPANCY];	  /* first USED chunk of each */
 	uint64_t live_words;			  /* in USED chunks, headers included */
 	uint64_t nr_chunks;			  /* USED and WHOLE */
 	uint64_t nr_whole;
@@ -110,6 +110,10 @@ int arena_isolate(struct arena *arena, uint32_t chunk);
 /** arena_unisolate - the reverse. Context: arena->lock held; the chunk is USED and isolated. */
 void arena_unisolate(struct arena *arena, uint32_t chunk);
 
+/** arena_sparsest - Return: the listed chunk with the fewest live words, or CHUNK_NONE.
+ * Context: arena->lock held. */
+uint32_t arena_sparsest(const struct arena *arena);
+
 struct arena_block {
 	uint64_t place;
 	uint32_t words; /* header included */
@@ -151,6 +155,12 @@ static inline uint32_t arena_words(uint32_t bytes)
 	uint32_t words = (bytes + BLOCK_HEADER_BYTES + 3) / 4;
 
 	return words < BLOCK_MIN_WORDS ? BLOCK_MIN_WORDS : words;
+}
+
+/* Words in free blocks of chunks in use. Context: arena->lock held. */
+static inline uint64_t arena_free_words(const struct arena *arena)
+{
+	return (arena->nr_chunks - arena->nr_whole) * arena->region->chunk_words - arena->live_words;
 }
 
 static inline uint32_t arena_chunk_of(const struct arena *arena, uint64_t place)

@@ -1,15 +1,234 @@
 /* SPDX-License-Identifier: MIT
  *
- * compact - memory back to the OS
+ * compact - pack the blocks of sparse chunks, give the emptied chunks back
+ *
+ * One round:
+ *   choose   the sparsest chunks, until what lives in them fills the round's budget of fresh
+ *            chunks; give up where emptying them would not win a chunk
+ *   isolate  each: nothing is allocated from it any more
+ *   move     their blocks, largest first, each to the free block that fits it best: a hole in a
+ *            chunk that stays, what is left of a fresh chunk, or a fresh chunk
+ *   release  comes by itself: the last block to leave a chunk gives it back
+ *
+ * Evacuating one chunk at a time stalls, because holes elsewhere are smaller than its blocks.
+ * Moving many chunks' blocks at once, in falling order of size, packs them as best fit
+ * decreasing packs bins: the small ones that come last fill the ends that the large ones left.
+ *
+ * A move takes the slot's lock (never waits for it: a busy page is skipped), takes the arena's
+ * lock to free the block moved before and to allocate, copies, swings the slot, and unlocks. So a
+ * page request waits for one block's copy, or for one allocation, whatever compaction does.
+ *
+ * Wherever it is interrupted, each slot names a whole block: the old one until the swing, the
+ * new one from then on. The other is nobody's, and store_rebuild() frees it.
  */
 #include "store.h"
 
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define MAX_SOURCES 2048 /* chunks isolated in one round */
+#define MAX_MOVES 32768	 /* blocks moved in one round; a chunk of 64 KiB has 4096 at the most */
+#define MAX_FRESH 64	 /* chunks that one round may fill: the reserve's default */
+#define LOCK_TRIES 64
+
+struct move {
+	uint64_t place;
+	uint32_t words;
+	uint32_t owner;
+};
+
+/* The desk of the one thread that compacts. */
+struct compaction {
+	uint32_t nr_sources, nr_moves;
+	uint32_t nr_taken; /* fresh chunks */
+	uint64_t live_words; /* in the sources */
+	uint64_t left;	     /* place of the block moved last, not yet freed, plus 1 */
+	uint32_t sources[MAX_SOURCES];
+	struct move moves[MAX_MOVES];
+};
+
+struct compaction *compaction_create(void)
+{
+	void *c = mmap(NULL, sizeof(struct compaction), PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	return c == MAP_FAILED ? NULL : c;
+}
+
+void compaction_destroy(struct compaction *c)
+{
+	munmap(c, sizeof(*c));
+}
+
+/* Isolate the sparsest chunk and note its blocks, if it fits the budget. */
+static bool choose_chunk(struct store *store, struct compaction *c, uint64_t budget)
+{
+	struct arena *arena = &store->arena;
+	uint32_t chunk = arena_sparsest(arena);
+	struct arena_block b;
+	struct chunk *entry;
+
+	if (chunk == CHUNK_NONE || c->nr_sources == MAX_SOURCES)
+		return false;
+	entry = &store->region->chunks[chunk];
+	if (c->live_words + entry->live_words > budget ||
+	    c->nr_moves + entry->nr_blocks > MAX_MOVES || arena_isolate(arena, chunk))
+		return false;
+	c->sources[c->nr_sources++] = chunk;
+	c->live_words += entry->live_words;
+	b.place = (uint64_t)chunk << store->region->chunk_shift;
+	for (; arena_walk(arena, chunk, &b) > 0; b.place += b.words)
+		if (!b.is_free)
+			c->moves[c->nr_moves++] = (struct move){ b.place, b.words, b.owner };
+	return true;
+}
+
+/* Chunks that the sources' blocks will need, if none of them finds a hole elsewhere. */
+static uint64_t chunks_for(const struct store *store, uint64_t words)
+{
+	return (words + store->region->chunk_words - 1) / store->region->chunk_words;
+}
+
+/* Isolated chunks that still hold blocks go on as before. Returns how many do not. */
+static uint32_t restore_sources(struct store *store, struct compaction *c)
+{
+	uint32_t emptied = 0;
+
+	for (uint32_t i = 0; i < c->nr_sources; i++) {
+		uint32_t chunk = c->sources[i];
+
+		pthread_mutex_lock(&store->arena.lock);
+		if (store->region->chunks[chunk].state == CHUNK_USED &&
+		    store->region->chunks[chunk].isolated)
+			arena_unisolate(&store->arena, chunk);
+		else
+			emptied++;
+		pthread_mutex_unlock(&store->arena.lock);
+	}
+	return emptied;
+}
+
+/* Returns whether the round is worth its moves. */
+static bool choose(struct store *store, struct compaction *c)
+{
+	uint64_t budget = (uint64_t)MAX_FRESH * store->region->chunk_words;
+	bool more = true;
+
+	c->nr_sources = c->nr_moves = c->nr_taken = 0;
+	c->live_words = c->left = 0;
+	while (more) {
+		pthread_mutex_lock(&store->arena.lock);
+		more = choose_chunk(store, c, budget);
+		pthread_mutex_unlock(&store->arena.lock);
+	}
+	return c->nr_sources > chunks_for(store, c->live_words);
+}
+
+static int compare_moves(const void *a, const void *b)
+{
+	const struct move *x = a;
+	const struct move *y = b;
+
+	return (x->words < y->words) - (x->words > y->words);
+}
+
+/* Free what the last move left behind and allocate for the next, under one lock. */
+static int next_place(struct store *store, struct compaction *c, uint64_t word, uint32_t owner,
+		      uint64_t *place)
+{
+	uint64_t nr_chunks;
+	int rv = 0;
+
+	pthread_mutex_lock(&store->arena.lock);
+	if (c->left)
+		arena_free(&store->arena, c->left - 1);
+	c->left = 0;
+	nr_chunks = store->arena.nr_chunks;
+	if (place)
+		rv = arena_alloc(&store->arena, slot_length(word), owner, true, place);
+	c->nr_taken += (uint32_t)(store->arena.nr_chunks - nr_chunks);
+	pthread_mutex_unlock(&store->arena.lock);
+	return rv;
+}
+
+static bool lock_owner(slot_t *slot, uint64_t *word)
+{
+	for (int i = 0; i < LOCK_TRIES; i++) {
+		if (slot_trylock(slot, word))
+			return true;
+		slot_relax();
+	}
+	return false;
+}
+
+/* Return: 1 moved, 0 not this one (freed meanwhile, busy, or damaged), -EAGAIN, -ENOSPC. */
+static int move_block(struct store *store, struct compaction *c, const struct move *move)
+{
+	slot_t *slot = &store->region->slots[move->owner];
+	uint64_t word, target, to;
+	int rv = 0;
+
+	if (move->owner >= store->nr_pages || !region_touched(store->region, move->owner) ||
+	    !lock_owner(slot, &word))
+		return 0;
+	if (!slot_has_block(word) || slot_place(word) != move->place ||
+	    store_seal_target(store, move->owner, word, &target) || !slot_is_sealed(word, target))
+		goto out;
+	rv = next_place(store, c, word, move->owner, &to);
+	if (rv)
+		goto out;
+	memcpy(arena_payload(&store->arena, to), arena_payload(&store->arena, move->place),
+	       slot_length(word));
+	arena_tag(&store->arena, to)->checksum = (uint32_t)target;
+	slot_swing(slot, slot_make_block(slot_state(word), to, slot_length(word), (uint32_t)target));
+	arena_wipe(&store->arena, move->place, slot_length(word));
+	c->left = move->place + 1;
+	return 1;
+out:
+	slot_unlock(slot);
+	return rv;
+}
+
+static void move_all(struct store *store, struct compaction *c)
+{
+	uint64_t moved = 0;
+
+	qsort(c->moves, c->nr_moves, sizeof(*c->moves), compare_moves);
+	for (uint32_t i = 0; i < c->nr_moves; i++) {
+		int rv = move_block(store, c, &c->moves[i]);
+
+		if (rv == -EAGAIN && !region_wait_ready(store->region))
+			rv = move_block(store, c, &c->moves[i]);
+		if (rv < 0)
+			break;
+		moved += (uint64_t)rv;
+	}
+	next_place(store, c, 0, 0, NULL);
+	atomic_fetch_add(&store->region->header->pages_compacted, moved);
+}
+
+/* Return: chunks won. */
+static int64_t compact_round(struct store *store, struct compaction *c)
+{
+	if (choose(store, c))
+		move_all(store, c);
+	return (int64_t)restore_sources(store, c) - c->nr_taken;
+}
+
 int64_t store_compact(struct store *store, uint64_t max_bytes)
 {
-	uint64_t before = atomic_load(&store->region->header->pages_returned);
+	uint64_t won = 0;
+	int64_t chunks = 1;
 
-	(void)max_bytes;
+	pthread_mutex_lock(&store->compacting);
+	while (chunks > 0 && won < max_bytes) {
+		chunks = compact_round(store, store->compaction);
+		if (chunks > 0)
+			won += (uint64_t)chunks * store->region->chunk_bytes;
+	}
+	pthread_mutex_unlock(&store->compacting);
 	region_settle(store->region);
-	return (int64_t)((atomic_load(&store->region->header->pages_returned) - before) *
-			 PAGE_BYTES);
+	return (int64_t)won;
 }

@@ -41,7 +41,6 @@ struct counters {
 	_Atomic uint64_t notify_free, discards;
 	/* Sums over all sets are what is there now; one set alone may wrap below zero. */
 	_Atomic uint64_t same_pages, pages_stored, good_pages, raw_pages, compr_bytes;
-	_Atomic uint64_t pages_compacted;
 } __attribute__((aligned(128)));
 
 struct region_header {
@@ -52,7 +51,7 @@ struct region_header {
 	uint64_t nr_chunks;
 	uint64_t map_off, slot_off, word_off, chunk_off, arena_off, total_bytes;
 	_Atomic uint32_t nr_chunks_touched; /* chunks from here on were never used */
-	_Atomic uint64_t invalid_io, pages_returned, max_used_bytes;
+	_Atomic uint64_t invalid_io, pages_compacted, pages_returned, max_used_bytes;
 	struct counters counters[REGION_NR_COUNTERS];
 };
 

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 
 static int store_open(struct store **out, int fd)
@@ -26,11 +27,19 @@ static int store_open(struct store **out, int fd)
 		goto out_region;
 	}
 	madvise(store->scratch, bytes, MADV_DONTDUMP);
+	store->compaction = compaction_create();
+	if (!store->compaction) {
+		rv = -ENOMEM;
+		goto out_scratch;
+	}
 	store->nr_pages = store->region->header->nr_pages;
+	store->watch_fd = -1;
 	pthread_mutex_init(&store->compacting, NULL);
 	arena_init(&store->arena, store->region);
 	*out = store;
 	return 0;
+out_scratch:
+	munmap(store->scratch, bytes);
 out_region:
 	region_destroy(store->region);
 out_free:
@@ -82,6 +91,7 @@ void store_destroy(struct store *store)
 	region_destroy(store->region);
 	arena_fini(&store->arena);
 	pthread_mutex_destroy(&store->compacting);
+	compaction_destroy(store->compaction);
 	munmap(store->scratch, sizeof(struct scratch) * REGION_NR_COUNTERS);
 	free(store);
 }
@@ -298,6 +308,27 @@ static void fill_block(struct store *store, struct staged *staged, uint64_t inde
 	staged->word = slot_make_block(staged->state, staged->place, staged->length, tag->checksum);
 }
 
+void store_unlock_arena(struct store *store)
+{
+	int fd = -1;
+
+	if (store->watch_fd >= 0 && arena_free_words(&store->arena) > store->watch_words) {
+		fd = store->watch_fd;
+		store->watch_fd = -1;
+	}
+	pthread_mutex_unlock(&store->arena.lock);
+	if (fd >= 0)
+		eventfd_write(fd, 1);
+}
+
+void store_watch(struct store *store, int event_fd, uint64_t free_bytes)
+{
+	pthread_mutex_lock(&store->arena.lock);
+	store->watch_fd = event_fd;
+	store->watch_words = free_bytes / 4;
+	store_unlock_arena(store);
+}
+
 /* Free the blocks that @nr slots named before; nobody can reach them any more. A damaged slot
  * may name a block that is not its own: that one is left to store_rebuild(). */
 static void free_blocks(struct store *store, struct scratch *s, const bool *sound, uint32_t nr)
@@ -316,7 +347,7 @@ static void free_blocks(struct store *store, struct scratch *s, const bool *soun
 		arena_free(&store->arena, slot_place(s->old[i]));
 	}
 	if (locked)
-		pthread_mutex_unlock(&store->arena.lock);
+		store_unlock_arena(store);
 }
 
 /* Does a locked slot's word name a block that is surely its own? */

@@ -9,7 +9,7 @@
  * A block belongs to the holder of its owner's slot lock: readers decode in place under it,
  * compaction moves under it, and arena->lock guards only headers, lists and counts.
  *
- * Lock order: slot locks (several in rising order of index), arena->lock, region->lock.
+ * Lock order: store->compacting, slot locks (several in rising order of index), arena->lock, region->lock.
  */
 #ifndef STORE_H
 #define STORE_H
@@ -40,13 +40,23 @@ struct scratch {
 	uint8_t page[PAGE_BYTES];
 } __attribute__((aligned(PAGE_BYTES)));
 
+struct compaction;
+
 struct store {
 	struct region *region;
 	struct arena arena;
 	uint64_t nr_pages;
 	struct scratch *scratch; /* REGION_NR_COUNTERS of them */
-	pthread_mutex_t compacting;
+	pthread_mutex_t compacting; /* outermost of all locks */
+	struct compaction *compaction;
+	/* Under arena.lock: see store_watch(). */
+	int watch_fd; /* -1: nobody watches */
+	uint64_t watch_words;
 };
+
+/** compaction_create - the desk of compact.c. Return: it, or NULL (no memory). */
+struct compaction *compaction_create(void);
+void compaction_destroy(struct compaction *compaction);
 
 static inline void counter_add(_Atomic uint64_t *counter, uint64_t n)
 {
@@ -69,6 +79,9 @@ bool store_in_range(struct store *store, uint64_t index, uint64_t nr);
  * Return: 0, -EIO (the slot names what cannot be a block, or another owner's).
  */
 int store_seal_target(const struct store *store, uint64_t index, uint64_t word, uint64_t *target);
+
+/** store_unlock_arena - give up arena->lock, and tell the watcher when it is time. */
+void store_unlock_arena(struct store *store);
 
 /** store_load - decode the page behind a locked slot's word. Return: 0, -EIO. */
 int store_load(struct store *store, uint64_t index, uint64_t word, void *page);

@@ -47,7 +47,6 @@ static void sum_gauges(const struct store *store, struct counters *sum)
 		counter_add(&sum->good_pages, atomic_load(&c->good_pages));
 		counter_add(&sum->raw_pages, atomic_load(&c->raw_pages));
 		counter_add(&sum->compr_bytes, atomic_load(&c->compr_bytes));
-		counter_add(&sum->pages_compacted, atomic_load(&c->pages_compacted));
 	}
 }
 
@@ -72,14 +71,13 @@ int store_get_stats(struct store *store, struct store_stats *out)
 		.good_pages = sum.good_pages,
 		.raw_pages = sum.raw_pages,
 		.compr_bytes = sum.compr_bytes,
-		.pages_compacted = sum.pages_compacted,
+		.pages_compacted = h->pages_compacted,
 		.pages_returned = h->pages_returned,
 		.mem_max_bytes = h->max_used_bytes,
 	};
 	pthread_mutex_lock(&store->arena.lock);
 	out->nr_chunks = store->arena.nr_chunks;
-	out->free_bytes = (out->nr_chunks - store->arena.nr_whole) * h->chunk_bytes -
-			  store->arena.live_words * 4;
+	out->free_bytes = arena_free_words(&store->arena) * 4;
 	pthread_mutex_unlock(&store->arena.lock);
 	region_usage(store->region, &out->mem_used_bytes, &out->table_bytes, &out->reserve_bytes);
 	return 0;

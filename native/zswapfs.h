@@ -139,11 +139,25 @@ void store_note_invalid(struct store *store);
 
 /**
  * store_compact - give memory back to the OS
- * @max_bytes: stop after about this much; UINT64_MAX: all there is
+ * @max_bytes: stop after the round that won this much; UINT64_MAX: all that can be won
  *
- * Return: bytes returned to the OS.
+ * Packs sparse chunks, in rounds of at most 4 MiB of moved content; ends by itself where a round
+ * would win nothing. Page requests go on meanwhile and wait for one block's copy at the longest.
+ * One caller compacts at a time; others wait for it.
+ *
+ * Return: bytes that the arena occupies less than before, give or take the chunks that requests
+ * took or freed meanwhile.
  */
 int64_t store_compact(struct store *store, uint64_t max_bytes);
+
+/**
+ * store_watch - have @event_fd told when there is something to compact
+ * @event_fd:   eventfd, O_NONBLOCK; stays the caller's; -1: stop watching
+ * @free_bytes: 1 is added once free bytes inside chunks in use exceed this
+ *
+ * Once only: watch again for the next time. Tells at once when it is so already.
+ */
+void store_watch(struct store *store, int event_fd, uint64_t free_bytes);
 
 /**
  * store_check - compare the slot table with blocks, chunks, free lists and counters
