@@ -251,6 +251,7 @@ int arena_free(struct arena *arena, uint64_t place)
 	struct block *next;
 
 	if (chunk->state == CHUNK_WHOLE) {
+		arena->freed_words += arena->region->chunk_words;
 		arena->nr_chunks--;
 		arena->nr_whole--;
 		region_give_chunk(arena->region, c);
@@ -260,6 +261,7 @@ int arena_free(struct arena *arena, uint64_t place)
 		arena->nr_damaged++;
 		return -EUCLEAN;
 	}
+	arena->freed_words += block_words(block);
 	chunk_account(arena, c, -(int)block_words(block));
 	block_set(block, block_words(block), true);
 	memset(&block->link, 0, sizeof(block->link));

@@ -55,6 +55,7 @@ struct arena {
 	uint64_t classes[ARENA_NR_CLASSES];	  /* place of the first free block, plus 1 */
 	uint32_t occupancy[ARENA_NR_OCCUPANCY];	  /* first USED chunk of each */
 	uint64_t live_words;			  /* in USED chunks, headers included */
+	uint64_t freed_words;			  /* ever; compaction's moves included */
 	uint64_t nr_chunks;			  /* USED and WHOLE */
 	uint64_t nr_whole;
 	uint64_t nr_damaged; /* blocks whose tags made no sense when they were freed */

@@ -312,7 +312,7 @@ void store_unlock_arena(struct store *store)
 {
 	int fd = -1;
 
-	if (store->watch_fd >= 0 && arena_free_words(&store->arena) > store->watch_words) {
+	if (store->watch_fd >= 0 && store->arena.freed_words >= store->watch_words) {
 		fd = store->watch_fd;
 		store->watch_fd = -1;
 	}
@@ -321,11 +321,11 @@ void store_unlock_arena(struct store *store)
 		eventfd_write(fd, 1);
 }
 
-void store_watch(struct store *store, int event_fd, uint64_t free_bytes)
+void store_watch(struct store *store, int event_fd, uint64_t freed_bytes)
 {
 	pthread_mutex_lock(&store->arena.lock);
 	store->watch_fd = event_fd;
-	store->watch_words = free_bytes / 4;
+	store->watch_words = store->arena.freed_words + freed_bytes / 4;
 	store_unlock_arena(store);
 }
 

@@ -51,7 +51,7 @@ struct store {
 	struct compaction *compaction;
 	/* Under arena.lock: see store_watch(). */
 	int watch_fd; /* -1: nobody watches */
-	uint64_t watch_words;
+	uint64_t watch_words; /* tell when arena.freed_words gets here */
 };
 
 /** compaction_create - the desk of compact.c. Return: it, or NULL (no memory). */

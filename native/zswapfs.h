@@ -151,13 +151,13 @@ void store_note_invalid(struct store *store);
 int64_t store_compact(struct store *store, uint64_t max_bytes);
 
 /**
- * store_watch - have @event_fd told when there is something to compact
- * @event_fd:   eventfd, O_NONBLOCK; stays the caller's; -1: stop watching
- * @free_bytes: 1 is added once free bytes inside chunks in use exceed this
+ * store_watch - have @event_fd told when blocks have been freed
+ * @event_fd:    eventfd, O_NONBLOCK; stays the caller's; -1: stop watching
+ * @freed_bytes: 1 is added once this much has been freed from now on
  *
- * Once only: watch again for the next time. Tells at once when it is so already.
+ * Once only: watch again for the next time. What makes compaction worth a look without a clock.
  */
-void store_watch(struct store *store, int event_fd, uint64_t free_bytes);
+void store_watch(struct store *store, int event_fd, uint64_t freed_bytes);
 
 /**
  * store_check - compare the slot table with blocks, chunks, free lists and counters
