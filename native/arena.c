@@ -63,10 +63,17 @@ static uint32_t class_find(const struct arena *arena, uint32_t words)
 	return class / 64 * 64 + (uint32_t)__builtin_ctzll(map);
 }
 
+static uint32_t *chunk_list_head(struct arena *arena, const struct chunk *chunk)
+{
+	if (chunk->flags & CHUNK_PUNCHED)
+		return &arena->trimmed;
+	return &arena->occupancy[chunk_occupancy(arena, chunk)];
+}
+
 static void chunk_list(struct arena *arena, uint32_t c)
 {
 	struct chunk *chunks = arena->region->chunks;
-	uint32_t *head = &arena->occupancy[chunk_occupancy(arena, &chunks[c])];
+	uint32_t *head = chunk_list_head(arena, &chunks[c]);
 
 	chunks[c].prev = CHUNK_NONE;
 	chunks[c].next = *head;
@@ -85,7 +92,7 @@ static void chunk_unlist(struct arena *arena, uint32_t c)
 	if (chunk->prev != CHUNK_NONE)
 		chunks[chunk->prev].next = chunk->next;
 	else
-		arena->occupancy[chunk_occupancy(arena, chunk)] = chunk->next;
+		*chunk_list_head(arena, chunk) = chunk->next;
 }
 
 /* Count a block in (@words > 0) or out of its chunk, and keep the chunk in the right list. */
@@ -94,7 +101,7 @@ static void chunk_account(struct arena *arena, uint32_t c, int words)
 	struct chunk *chunk = &arena->region->chunks[c];
 	uint32_t before = chunk_occupancy(arena, chunk);
 	uint16_t live = (uint16_t)(chunk->live_words + words);
-	bool moves = !chunk->isolated && before != chunk_occupancy(arena, &(struct chunk){ .live_words = live });
+	bool moves = !chunk->flags && before != chunk_occupancy(arena, &(struct chunk){ .live_words = live });
 
 	if (moves)
 		chunk_unlist(arena, c);
@@ -112,7 +119,8 @@ static void chunk_open(struct arena *arena, uint32_t c)
 	struct block *block = block_at(arena, chunk_start(arena, c));
 
 	chunk->live_words = chunk->nr_blocks = 0;
-	chunk->isolated = 0;
+	chunk->flags = 0;
+	chunk->punched = 0;
 	arena->nr_chunks++;
 	block_set(block, arena->region->chunk_words, true);
 	block->prev = 0;
@@ -125,12 +133,15 @@ static void chunk_close(struct arena *arena, uint32_t c)
 {
 	struct chunk *chunk = &arena->region->chunks[c];
 
-	if (!chunk->isolated)
+	if (!(chunk->flags & CHUNK_ISOLATED))
 		chunk_unlist(arena, c);
-	chunk->isolated = 0;
 	memset(block_at(arena, chunk_start(arena, c)), 0, sizeof(struct block));
 	arena->nr_chunks--;
-	region_give_chunk(arena->region, c);
+	arena->punched_pages -= chunk->punched;
+	if (chunk->flags & CHUNK_PUNCHED)
+		region_give_punched(arena->region, c);
+	else
+		region_give_chunk(arena->region, c);
 }
 
 int arena_init(struct arena *arena, struct region *region)
@@ -138,6 +149,7 @@ int arena_init(struct arena *arena, struct region *region)
 	memset(arena, 0, sizeof(*arena));
 	arena->region = region;
 	arena->has_whole = region->chunk_bytes < PAGE_BYTES + BLOCK_HEADER_BYTES;
+	arena->trimmed = CHUNK_NONE;
 	memset(arena->occupancy, 0xff, sizeof(arena->occupancy));
 	return -pthread_mutex_init(&arena->lock, NULL);
 }
@@ -267,19 +279,19 @@ int arena_free(struct arena *arena, uint64_t place)
 	memset(&block->link, 0, sizeof(block->link));
 	next = block_next(arena, place);
 	if (next && block_is_free(next)) {
-		if (!chunk->isolated)
+		if (!chunk->flags)
 			class_remove(arena, place + block_words(block));
 		block_absorb(arena, place);
 	}
 	if (block->prev && block_is_free(block_at(arena, place - block->prev))) {
 		place -= block->prev;
-		if (!chunk->isolated)
+		if (!chunk->flags)
 			class_remove(arena, place);
 		block_absorb(arena, place);
 	}
 	if (chunk->nr_blocks == 0)
 		chunk_close(arena, c);
-	else if (!chunk->isolated)
+	else if (!chunk->flags)
 		class_insert(arena, place);
 	return 0;
 }
@@ -364,6 +376,8 @@ static void chunk_for_each_free(struct arena *arena, uint32_t c,
 
 uint32_t arena_sparsest(const struct arena *arena)
 {
+	if (arena->trimmed != CHUNK_NONE)
+		return arena->trimmed;
 	for (uint32_t n = 0; n < ARENA_NR_OCCUPANCY; n++)
 		if (arena->occupancy[n] != CHUNK_NONE)
 			return arena->occupancy[n];
@@ -376,17 +390,28 @@ int arena_isolate(struct arena *arena, uint32_t c)
 
 	if (rv)
 		return rv;
-	chunk_for_each_free(arena, c, class_remove);
+	if (!arena->region->chunks[c].flags)
+		chunk_for_each_free(arena, c, class_remove);
 	chunk_unlist(arena, c);
-	arena->region->chunks[c].isolated = 1;
+	arena->region->chunks[c].flags |= CHUNK_ISOLATED;
 	return 0;
 }
 
 void arena_unisolate(struct arena *arena, uint32_t c)
 {
-	arena->region->chunks[c].isolated = 0;
-	chunk_for_each_free(arena, c, class_insert);
+	arena->region->chunks[c].flags &= (uint8_t)~CHUNK_ISOLATED;
+	if (!arena->region->chunks[c].flags)
+		chunk_for_each_free(arena, c, class_insert);
 	chunk_list(arena, c);
+}
+
+void arena_mark_punched(struct arena *arena, uint32_t c, uint32_t pages)
+{
+	struct chunk *chunk = &arena->region->chunks[c];
+
+	chunk->flags |= CHUNK_PUNCHED;
+	chunk->punched = (uint16_t)(chunk->punched + pages);
+	arena->punched_pages += pages;
 }
 
 /* One more block of a chunk under reconstruction, at @place; returns the place behind it. */

@@ -16,10 +16,11 @@
  * Between two calls:
  *  - the blocks of a USED chunk tile it exactly, and each one's prev is the size of the one before;
  *  - no two free blocks are neighbours;
- *  - each free block is in the free list of its size class, unless its chunk is isolated;
+ *  - each free block is in the free list of its size class, unless its chunk is ISOLATED or
+ *    PUNCHED;
  *  - all bytes of a free block behind its header are zero: what is freed is gone;
  *  - a chunk without allocated blocks is not USED: it went back to the region;
- *  - each USED chunk is in the list of its occupancy, unless it is isolated.
+ *  - each USED chunk is in the list of its occupancy, or of PUNCHED ones, unless it is ISOLATED.
  *
  * The free lists are searched best fit: classes are exact up to the largest page block, so a
  * request gets the smallest free block that holds it, in two bit scans.
@@ -54,6 +55,8 @@ struct arena {
 	uint64_t class_maps[ARENA_MAP_WORDS];
 	uint64_t classes[ARENA_NR_CLASSES];	  /* place of the first free block, plus 1 */
 	uint32_t occupancy[ARENA_NR_OCCUPANCY];	  /* first USED chunk of each */
+	uint32_t trimmed;			  /* first PUNCHED chunk */
+	uint64_t punched_pages;			  /* in all of them */
 	uint64_t live_words;			  /* in USED chunks, headers included */
 	uint64_t freed_words;			  /* ever; compaction's moves included */
 	uint64_t nr_chunks;			  /* USED and WHOLE */
@@ -108,10 +111,14 @@ void *arena_payload(const struct arena *arena, uint64_t place);
  */
 int arena_isolate(struct arena *arena, uint32_t chunk);
 
-/** arena_unisolate - the reverse. Context: arena->lock held; the chunk is USED and isolated. */
+/** arena_unisolate - the reverse. Context: arena->lock held; the chunk is USED and ISOLATED. */
 void arena_unisolate(struct arena *arena, uint32_t chunk);
 
-/** arena_sparsest - Return: the listed chunk with the fewest live words, or CHUNK_NONE.
+/** arena_mark_punched - @pages OS pages inside free blocks of an ISOLATED chunk are going back;
+ * nothing will be allocated from it. Context: arena->lock held. */
+void arena_mark_punched(struct arena *arena, uint32_t chunk, uint32_t pages);
+
+/** arena_sparsest - Return: a PUNCHED chunk, else the one with the fewest live words, or CHUNK_NONE.
  * Context: arena->lock held. */
 uint32_t arena_sparsest(const struct arena *arena);
 
@@ -161,7 +168,8 @@ static inline uint32_t arena_words(uint32_t bytes)
 /* Words in free blocks of chunks in use. Context: arena->lock held. */
 static inline uint64_t arena_free_words(const struct arena *arena)
 {
-	return (arena->nr_chunks - arena->nr_whole) * arena->region->chunk_words - arena->live_words;
+	return (arena->nr_chunks - arena->nr_whole) * arena->region->chunk_words -
+	       arena->live_words - arena->punched_pages * (PAGE_BYTES / 4);
 }
 
 static inline uint32_t arena_chunk_of(const struct arena *arena, uint64_t place)

@@ -16,6 +16,7 @@ struct census {
 	uint64_t live_words, nr_chunks, nr_whole;
 	uint64_t nr_free;   /* free blocks that ought to be in a class */
 	uint64_t nr_listed; /* USED chunks that ought to be in an occupancy list */
+	uint64_t punched_pages;
 };
 
 static bool is_zero(const void *bytes, size_t nr)
@@ -58,7 +59,7 @@ static int check_chunk(const struct arena *arena, uint32_t c, struct census *cen
 			return rv;
 		live += b.is_free ? 0 : b.words;
 		nr += !b.is_free;
-		census->nr_free += b.is_free && !chunk->isolated;
+		census->nr_free += b.is_free && !chunk->flags;
 		after_free = b.is_free;
 		prev = b.words;
 		b.place += b.words;
@@ -69,7 +70,8 @@ static int check_chunk(const struct arena *arena, uint32_t c, struct census *cen
 		return FAULT(message, "chunk %u counts %u blocks of %u words, holds %u of %u", c,
 			     chunk->nr_blocks, chunk->live_words, nr, live);
 	census->live_words += live;
-	census->nr_listed += !chunk->isolated;
+	census->nr_listed += !chunk->flags;
+	census->punched_pages += chunk->punched;
 	return 0;
 }
 
@@ -86,7 +88,7 @@ static int check_class(const struct arena *arena, uint32_t class, uint64_t *nr, 
 
 		if (!block_is_free(block) || block_class(block_words(block)) != class ||
 		    link_prev(block) != before ||
-		    arena->region->chunks[arena_chunk_of(arena, ref - 1)].isolated)
+		    arena->region->chunks[arena_chunk_of(arena, ref - 1)].flags)
 			return FAULT(message, "class %u lists block %llu wrongly", class,
 				     (unsigned long long)(ref - 1));
 		before = ref;
@@ -101,7 +103,7 @@ static int check_occupancy(const struct arena *arena, uint32_t n, uint64_t *nr, 
 	uint32_t before = CHUNK_NONE;
 
 	for (uint32_t c = arena->occupancy[n]; c != CHUNK_NONE; c = chunks[c].next) {
-		if (chunks[c].state != CHUNK_USED || chunks[c].isolated ||
+		if (chunks[c].state != CHUNK_USED || chunks[c].flags ||
 		    chunks[c].prev != before || chunk_occupancy(arena, &chunks[c]) != n)
 			return FAULT(message, "occupancy %u lists chunk %u wrongly", n, c);
 		before = c;
@@ -148,7 +150,8 @@ int arena_check(struct arena *arena, char *message)
 	if (!rv)
 		rv = check_lists(arena, &census, message);
 	if (!rv && (census.live_words != arena->live_words || census.nr_chunks != arena->nr_chunks ||
-		    census.nr_whole != arena->nr_whole))
+		    census.nr_whole != arena->nr_whole ||
+		    census.punched_pages != arena->punched_pages))
 		rv = FAULT(message, "arena counts %llu words in %llu chunks, holds %llu in %llu",
 			   (unsigned long long)arena->live_words,
 			   (unsigned long long)arena->nr_chunks,

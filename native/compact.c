@@ -31,6 +31,7 @@
 #define MAX_SOURCES 2048 /* chunks isolated in one round */
 #define MAX_MOVES 32768	 /* blocks moved in one round; a chunk of 64 KiB has 4096 at the most */
 #define MAX_FRESH 64	 /* chunks that one round may fill: the reserve's default */
+#define MAX_RUNS (STORE_MAX_CHUNK_BYTES / PAGE_BYTES)
 #define LOCK_TRIES 64
 
 struct move {
@@ -39,12 +40,18 @@ struct move {
 	uint32_t owner;
 };
 
+struct run {
+	uint64_t offset, bytes; /* from the arena's start */
+};
+
 /* The desk of the one thread that compacts. */
 struct compaction {
 	uint32_t nr_sources, nr_moves;
 	uint32_t nr_taken; /* fresh chunks */
 	uint64_t live_words; /* in the sources */
 	uint64_t left;	     /* place of the block moved last, not yet freed, plus 1 */
+	uint32_t nr_runs;
+	struct run runs[MAX_RUNS];
 	uint32_t sources[MAX_SOURCES];
 	struct move moves[MAX_MOVES];
 };
@@ -101,7 +108,7 @@ static uint32_t restore_sources(struct store *store, struct compaction *c)
 
 		pthread_mutex_lock(&store->arena.lock);
 		if (store->region->chunks[chunk].state == CHUNK_USED &&
-		    store->region->chunks[chunk].isolated)
+		    store->region->chunks[chunk].flags & CHUNK_ISOLATED)
 			arena_unisolate(&store->arena, chunk);
 		else
 			emptied++;
@@ -217,6 +224,81 @@ static int64_t compact_round(struct store *store, struct compaction *c)
 	return (int64_t)restore_sources(store, c) - c->nr_taken;
 }
 
+/* The whole OS pages between a free block's header and its end; words from the arena's start. */
+static uint64_t whole_pages(const struct arena_block *b, uint64_t *first)
+{
+	const uint64_t page_words = PAGE_BYTES / 4;
+	uint64_t end = (b->place + b->words) / page_words * page_words;
+
+	*first = (b->place + BLOCK_MIN_WORDS + page_words - 1) / page_words * page_words;
+	return *first < end ? (end - *first) / page_words : 0;
+}
+
+/* Note the runs of whole OS pages in the free blocks of an ISOLATED chunk. Returns their pages. */
+static uint32_t find_runs(struct store *store, struct compaction *c, uint32_t chunk)
+{
+	struct arena_block b = { .place = (uint64_t)chunk << store->region->chunk_shift };
+	uint32_t sum = 0;
+
+	for (c->nr_runs = 0; arena_walk(&store->arena, chunk, &b) > 0; b.place += b.words) {
+		uint64_t first;
+		uint64_t pages = b.is_free ? whole_pages(&b, &first) : 0;
+
+		if (!pages)
+			continue;
+		c->runs[c->nr_runs++] = (struct run){ first * 4, pages * PAGE_BYTES };
+		sum += (uint32_t)pages;
+	}
+	return sum;
+}
+
+/* Isolate the sparsest chunk if a quarter of it is whole free OS pages. */
+static bool choose_trimmed(struct store *store, struct compaction *c, uint32_t *chunk)
+{
+	struct arena *arena = &store->arena;
+	uint32_t pages;
+
+	*chunk = arena_sparsest(arena);
+	if (*chunk == CHUNK_NONE || store->region->chunks[*chunk].flags ||
+	    arena_isolate(arena, *chunk))
+		return false;
+	pages = find_runs(store, c, *chunk);
+	if ((uint64_t)pages * PAGE_BYTES * 4 >= store->region->chunk_bytes) {
+		arena_mark_punched(arena, *chunk, pages);
+		return true;
+	}
+	arena_unisolate(arena, *chunk);
+	return false;
+}
+
+/*
+ * What rounds cannot win is less than a chunk: the sparsest one that stays. Its whole free OS
+ * pages go back, and it takes no more blocks until a round empties it. Free blocks of an ISOLATED
+ * chunk only grow, and their headers stay, so the arena's lock is not needed meanwhile.
+ */
+static uint64_t trim(struct store *store, struct compaction *c)
+{
+	uint64_t won = 0;
+	uint32_t chunk;
+	bool found;
+
+	pthread_mutex_lock(&store->arena.lock);
+	found = choose_trimmed(store, c, &chunk);
+	pthread_mutex_unlock(&store->arena.lock);
+	if (!found)
+		return 0;
+	for (uint32_t i = 0; i < c->nr_runs; i++) {
+		region_punch(store->region, c->runs[i].offset, c->runs[i].bytes);
+		won += c->runs[i].bytes;
+	}
+	pthread_mutex_lock(&store->arena.lock);
+	if (store->region->chunks[chunk].state == CHUNK_USED &&
+	    store->region->chunks[chunk].flags & CHUNK_ISOLATED)
+		arena_unisolate(&store->arena, chunk);
+	pthread_mutex_unlock(&store->arena.lock);
+	return won;
+}
+
 int64_t store_compact(struct store *store, uint64_t max_bytes)
 {
 	uint64_t won = 0;
@@ -228,6 +310,8 @@ int64_t store_compact(struct store *store, uint64_t max_bytes)
 		if (chunks > 0)
 			won += (uint64_t)chunks * store->region->chunk_bytes;
 	}
+	if (won < max_bytes)
+		won += trim(store, store->compaction);
 	pthread_mutex_unlock(&store->compacting);
 	region_settle(store->region);
 	return (int64_t)won;

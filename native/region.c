@@ -174,7 +174,7 @@ int region_map(struct region **out, int fd)
 	region->chunk_words = h.chunk_bytes / 4;
 	region->chunk_shift = (uint32_t)__builtin_ctz(region->chunk_words);
 	region->fd = fd;
-	region->ready = region->holes = CHUNK_NONE;
+	region->ready = region->holes = region->stale = CHUNK_NONE;
 	set_limits(region, &h);
 	pthread_mutex_init(&region->keeping, NULL);
 	pthread_mutex_init(&region->lock, NULL);
@@ -216,7 +216,7 @@ static bool wants_refill(const struct region *region)
 
 static bool wants_return(const struct region *region)
 {
-	return region->nr_ready > reserve_target(region);
+	return region->nr_ready > reserve_target(region) || region->stale != CHUNK_NONE;
 }
 
 static int compare_chunks(const void *a, const void *b)
@@ -316,6 +316,10 @@ static void return_surplus(struct region *region)
 	uint32_t nr = 0;
 
 	while (nr < KEEPER_BATCH && wants_return(region)) {
+		if (region->stale != CHUNK_NONE) {
+			batch[nr++] = list_pop(region, &region->stale);
+			continue;
+		}
 		batch[nr] = list_pop(region, &region->ready);
 		region->chunks[batch[nr++]].state = CHUNK_RETURNING;
 		region->nr_ready--;
@@ -402,7 +406,7 @@ void region_reset_chunks(struct region *region)
 	uint32_t from = 0;
 
 	pthread_mutex_lock(&region->lock);
-	region->ready = region->holes = CHUNK_NONE;
+	region->ready = region->holes = region->stale = CHUNK_NONE;
 	region->nr_ready = region->nr_used = 0;
 	for (uint32_t c = 0; c <= touched; c++) {
 		bool used = c < touched && (region->chunks[c].state == CHUNK_USED ||
@@ -474,6 +478,17 @@ void region_give_chunk(struct region *region, uint32_t chunk)
 	region->nr_used--;
 	if (wants_return(region))
 		pthread_cond_signal(&region->work);
+	pthread_mutex_unlock(&region->lock);
+}
+
+void region_give_punched(struct region *region, uint32_t chunk)
+{
+	/* The whole chunk will be counted as returned; these pages were before. */
+	atomic_fetch_sub(&region->header->pages_returned, region->chunks[chunk].punched);
+	pthread_mutex_lock(&region->lock);
+	list_push(region, &region->stale, chunk, CHUNK_RETURNING);
+	region->nr_used--;
+	pthread_cond_signal(&region->work);
 	pthread_mutex_unlock(&region->lock);
 }
 

@@ -68,9 +68,14 @@ struct chunk {
 	uint16_t live_words; /* USED: words in allocated blocks, headers included */
 	uint16_t nr_blocks;  /* USED: allocated blocks */
 	uint8_t state;
-	uint8_t isolated; /* USED: its free blocks are in no free list */
-	uint16_t unused;
+	uint8_t flags;	     /* USED: CHUNK_ISOLATED, CHUNK_PUNCHED */
+	uint16_t punched;    /* USED: OS pages that went back from within free blocks */
 };
+
+/* A USED chunk is in one of the arena's lists unless it is ISOLATED; its free blocks are in free
+ * lists only where neither flag is set. */
+#define CHUNK_ISOLATED 1 /* compaction is emptying it */
+#define CHUNK_PUNCHED 2	 /* not populated throughout */
 
 struct region {
 	struct region_header *header;
@@ -89,6 +94,7 @@ struct region {
 	pthread_cond_t work;   /* the keeper waits here */
 	pthread_cond_t change; /* whoever needs a chunk, or a settled region, waits here */
 	uint32_t ready, holes; /* heads of lists */
+	uint32_t stale;	       /* likewise: free, but not populated throughout */
 	uint32_t nr_ready, nr_used;
 	uint32_t reserve;   /* READY chunks to hold */
 	uint32_t max_used;  /* cap on USED chunks */
@@ -143,6 +149,9 @@ int region_wait_ready(struct region *region);
 
 /** region_give_chunk - return a chunk; its memory must be zero. Context: below the arena lock. */
 void region_give_chunk(struct region *region, uint32_t chunk);
+
+/** region_give_punched - likewise, for a chunk that lost some of its OS pages already. */
+void region_give_punched(struct region *region, uint32_t chunk);
 
 /** region_settle - wait until all that is above the reserve has gone back to the OS. */
 void region_settle(struct region *region);
