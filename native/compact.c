@@ -274,7 +274,8 @@ static bool choose_trimmed(struct store *store, struct compaction *c, uint32_t *
 /*
  * What rounds cannot win is less than a chunk: the sparsest one that stays. Its whole free OS
  * pages go back, and it takes no more blocks until a round empties it. Free blocks of an ISOLATED
- * chunk only grow, and their headers stay, so the arena's lock is not needed meanwhile.
+ * chunk only grow, and their headers stay, so the arena's lock is not needed meanwhile. Should
+ * the chunk be emptied, the keeper could give it to somebody else: region->keeping holds it off.
  */
 static uint64_t trim(struct store *store, struct compaction *c)
 {
@@ -282,20 +283,19 @@ static uint64_t trim(struct store *store, struct compaction *c)
 	uint32_t chunk;
 	bool found;
 
+	pthread_mutex_lock(&store->region->keeping);
 	pthread_mutex_lock(&store->arena.lock);
 	found = choose_trimmed(store, c, &chunk);
 	pthread_mutex_unlock(&store->arena.lock);
-	if (!found)
-		return 0;
-	for (uint32_t i = 0; i < c->nr_runs; i++) {
+	for (uint32_t i = 0; found && i < c->nr_runs; i++) {
 		region_punch(store->region, c->runs[i].offset, c->runs[i].bytes);
 		won += c->runs[i].bytes;
 	}
 	pthread_mutex_lock(&store->arena.lock);
-	if (store->region->chunks[chunk].state == CHUNK_USED &&
-	    store->region->chunks[chunk].flags & CHUNK_ISOLATED)
+	if (found && store->region->chunks[chunk].state == CHUNK_USED)
 		arena_unisolate(&store->arena, chunk);
 	pthread_mutex_unlock(&store->arena.lock);
+	pthread_mutex_unlock(&store->region->keeping);
 	return won;
 }
 

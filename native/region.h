@@ -17,8 +17,8 @@
  * One keeper thread for each region populates READY chunks ahead of need and punches those above
  * the reserve, so that nobody else asks the OS for memory, or waits for it to take some.
  *
- * Locks: region->keeping (the keeper's work on the file, and whoever measures it), then
- * region->lock (lists and counts; innermost of all, a few instructions).
+ * Locks: region->keeping (the keeper's work on the file, and whoever measures it; before slot
+ * locks and arena->lock), region->lock (lists and counts; innermost of all, a few instructions).
  */
 #ifndef REGION_H
 #define REGION_H
