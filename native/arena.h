@@ -49,7 +49,8 @@ struct block_tag {
 };
 
 struct arena {
-	pthread_mutex_t lock;
+	pthread_mutex_t lock;	  /* arena_lock(), arena_yield_lock() */
+	_Atomic uint32_t waiting; /* threads that want it for a page request */
 	struct region *region;
 	uint64_t class_map;
 	uint64_t class_maps[ARENA_MAP_WORDS];
@@ -68,6 +69,14 @@ struct arena {
 /** arena_init - an arena without chunks over @region. Return: 0. */
 int arena_init(struct arena *arena, struct region *region);
 void arena_fini(struct arena *arena);
+
+/*
+ * The lock is held for microseconds and waking a sleeper takes tens of them, so whoever wants it
+ * spins first. Compaction takes it with arena_yield_lock(), which lets all others go before.
+ */
+void arena_lock(struct arena *arena);
+void arena_yield_lock(struct arena *arena);
+void arena_unlock(struct arena *arena);
 
 /**
  * arena_alloc - get a block

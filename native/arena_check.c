@@ -138,7 +138,7 @@ int arena_check(struct arena *arena, char *message)
 	int rv = 0;
 
 	message[0] = 0;
-	pthread_mutex_lock(&arena->lock);
+	arena_lock(arena);
 	for (uint32_t c = 0; c < touched && !rv; c++) {
 		enum chunk_state state = arena->region->chunks[c].state;
 
@@ -157,6 +157,6 @@ int arena_check(struct arena *arena, char *message)
 			   (unsigned long long)arena->nr_chunks,
 			   (unsigned long long)census.live_words,
 			   (unsigned long long)census.nr_chunks);
-	pthread_mutex_unlock(&arena->lock);
+	arena_unlock(arena);
 	return rv;
 }

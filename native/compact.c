@@ -106,13 +106,13 @@ static uint32_t restore_sources(struct store *store, struct compaction *c)
 	for (uint32_t i = 0; i < c->nr_sources; i++) {
 		uint32_t chunk = c->sources[i];
 
-		pthread_mutex_lock(&store->arena.lock);
+		arena_yield_lock(&store->arena);
 		if (store->region->chunks[chunk].state == CHUNK_USED &&
 		    store->region->chunks[chunk].flags & CHUNK_ISOLATED)
 			arena_unisolate(&store->arena, chunk);
 		else
 			emptied++;
-		pthread_mutex_unlock(&store->arena.lock);
+		arena_unlock(&store->arena);
 	}
 	return emptied;
 }
@@ -120,15 +120,17 @@ static uint32_t restore_sources(struct store *store, struct compaction *c)
 /* Returns whether the round is worth its moves. */
 static bool choose(struct store *store, struct compaction *c)
 {
-	uint64_t budget = (uint64_t)MAX_FRESH * store->region->chunk_words;
+	uint32_t fresh = region_compaction_budget(store->region);
+	uint64_t budget = (uint64_t)(fresh < MAX_FRESH ? fresh : MAX_FRESH) *
+			  store->region->chunk_words;
 	bool more = true;
 
 	c->nr_sources = c->nr_moves = c->nr_taken = 0;
 	c->live_words = c->left = 0;
 	while (more) {
-		pthread_mutex_lock(&store->arena.lock);
+		arena_yield_lock(&store->arena);
 		more = choose_chunk(store, c, budget);
-		pthread_mutex_unlock(&store->arena.lock);
+		arena_unlock(&store->arena);
 	}
 	return c->nr_sources > chunks_for(store, c->live_words);
 }
@@ -148,7 +150,7 @@ static int next_place(struct store *store, struct compaction *c, uint64_t word, 
 	uint64_t nr_chunks;
 	int rv = 0;
 
-	pthread_mutex_lock(&store->arena.lock);
+	arena_yield_lock(&store->arena);
 	if (c->left)
 		arena_free(&store->arena, c->left - 1);
 	c->left = 0;
@@ -156,7 +158,7 @@ static int next_place(struct store *store, struct compaction *c, uint64_t word, 
 	if (place)
 		rv = arena_alloc(&store->arena, slot_length(word), owner, true, place);
 	c->nr_taken += (uint32_t)(store->arena.nr_chunks - nr_chunks);
-	pthread_mutex_unlock(&store->arena.lock);
+	arena_unlock(&store->arena);
 	return rv;
 }
 
@@ -206,7 +208,7 @@ static void move_all(struct store *store, struct compaction *c)
 	for (uint32_t i = 0; i < c->nr_moves; i++) {
 		int rv = move_block(store, c, &c->moves[i]);
 
-		if (rv == -EAGAIN && !region_wait_ready(store->region))
+		if (rv == -EAGAIN && !region_wait_ready(store->region, true))
 			rv = move_block(store, c, &c->moves[i]);
 		if (rv < 0)
 			break;
@@ -284,17 +286,17 @@ static uint64_t trim(struct store *store, struct compaction *c)
 	bool found;
 
 	pthread_mutex_lock(&store->region->keeping);
-	pthread_mutex_lock(&store->arena.lock);
+	arena_yield_lock(&store->arena);
 	found = choose_trimmed(store, c, &chunk);
-	pthread_mutex_unlock(&store->arena.lock);
+	arena_unlock(&store->arena);
 	for (uint32_t i = 0; found && i < c->nr_runs; i++) {
 		region_punch(store->region, c->runs[i].offset, c->runs[i].bytes);
 		won += c->runs[i].bytes;
 	}
-	pthread_mutex_lock(&store->arena.lock);
+	arena_yield_lock(&store->arena);
 	if (found && store->region->chunks[chunk].state == CHUNK_USED)
 		arena_unisolate(&store->arena, chunk);
-	pthread_mutex_unlock(&store->arena.lock);
+	arena_unlock(&store->arena);
 	pthread_mutex_unlock(&store->region->keeping);
 	return won;
 }
@@ -305,14 +307,17 @@ int64_t store_compact(struct store *store, uint64_t max_bytes)
 	int64_t chunks = 1;
 
 	pthread_mutex_lock(&store->compacting);
+	region_hold(store->region, MAX_FRESH);
 	while (chunks > 0 && won < max_bytes) {
 		chunks = compact_round(store, store->compaction);
+		region_settle(store->region);
 		if (chunks > 0)
 			won += (uint64_t)chunks * store->region->chunk_bytes;
 	}
 	if (won < max_bytes)
 		won += trim(store, store->compaction);
-	pthread_mutex_unlock(&store->compacting);
+	region_hold(store->region, 0);
 	region_settle(store->region);
+	pthread_mutex_unlock(&store->compacting);
 	return (int64_t)won;
 }

@@ -207,16 +207,22 @@ static uint32_t reserve_target(const struct region *region)
 	return room < region->reserve ? room : region->reserve;
 }
 
-static bool wants_refill(const struct region *region)
+static uint32_t refill_level(const struct region *region)
 {
 	uint32_t target = reserve_target(region);
 
-	return region->nr_ready < target - target / 4;
+	return target - target / 4;
+}
+
+static bool wants_refill(const struct region *region)
+{
+	return region->nr_ready < refill_level(region);
 }
 
 static bool wants_return(const struct region *region)
 {
-	return region->nr_ready > reserve_target(region) || region->stale != CHUNK_NONE;
+	return region->nr_ready > reserve_target(region) + region->held ||
+	       region->stale != CHUNK_NONE;
 }
 
 static int compare_chunks(const void *a, const void *b)
@@ -343,10 +349,8 @@ static void *keeper_main(void *arg)
 
 	pthread_mutex_lock(&region->lock);
 	while (!region->stop) {
-		region->keeper_works = (wants_refill(region) && !region->refill_error) ||
-				       wants_return(region);
-		if (!region->keeper_works) {
-			pthread_cond_broadcast(&region->change);
+		if (!(wants_refill(region) && !region->refill_error) &&
+		    !(wants_return(region) && !region->held)) {
 			pthread_cond_wait(&region->work, &region->lock);
 			continue;
 		}
@@ -356,7 +360,7 @@ static void *keeper_main(void *arg)
 		pthread_mutex_lock(&region->lock);
 		if (wants_refill(region))
 			refill(region);
-		if (wants_return(region))
+		if (wants_return(region) && !region->held)
 			return_surplus(region);
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_unlock(&region->keeping);
@@ -433,6 +437,11 @@ static void note_max_used(struct region *region)
 		atomic_store_explicit(&region->header->max_used_bytes, bytes, memory_order_relaxed);
 }
 
+static bool has_ready(const struct region *region, bool compacting)
+{
+	return region->nr_ready > (compacting ? refill_level(region) / 2 : 0);
+}
+
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 {
 	uint32_t cap = region->max_used - (compacting ? 0 : region->spare);
@@ -441,7 +450,7 @@ int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 	pthread_mutex_lock(&region->lock);
 	if (region->nr_used >= cap) {
 		rv = -ENOSPC;
-	} else if (region->ready == CHUNK_NONE) {
+	} else if (!has_ready(region, compacting)) {
 		rv = -EAGAIN;
 	} else {
 		*chunk = list_pop(region, &region->ready);
@@ -456,16 +465,16 @@ int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 	return rv;
 }
 
-int region_wait_ready(struct region *region)
+int region_wait_ready(struct region *region, bool compacting)
 {
 	int rv;
 
 	pthread_mutex_lock(&region->lock);
 	region->refill_error = 0; /* try once more for this caller */
 	pthread_cond_signal(&region->work);
-	while (region->ready == CHUNK_NONE && !region->refill_error && wants_refill(region))
+	while (!has_ready(region, compacting) && !region->refill_error && wants_refill(region))
 		pthread_cond_wait(&region->change, &region->lock);
-	rv = region->ready == CHUNK_NONE ? -ENOSPC : 0;
+	rv = has_ready(region, compacting) ? 0 : -ENOSPC;
 	pthread_mutex_unlock(&region->lock);
 	return rv;
 }
@@ -476,7 +485,7 @@ void region_give_chunk(struct region *region, uint32_t chunk)
 	list_push(region, &region->ready, chunk, CHUNK_READY);
 	region->nr_ready++;
 	region->nr_used--;
-	if (wants_return(region))
+	if (wants_return(region) && !region->held)
 		pthread_cond_signal(&region->work);
 	pthread_mutex_unlock(&region->lock);
 }
@@ -488,17 +497,37 @@ void region_give_punched(struct region *region, uint32_t chunk)
 	pthread_mutex_lock(&region->lock);
 	list_push(region, &region->stale, chunk, CHUNK_RETURNING);
 	region->nr_used--;
-	pthread_cond_signal(&region->work);
+	if (!region->held)
+		pthread_cond_signal(&region->work);
 	pthread_mutex_unlock(&region->lock);
 }
 
 void region_settle(struct region *region)
 {
+	pthread_mutex_lock(&region->keeping);
 	pthread_mutex_lock(&region->lock);
-	pthread_cond_signal(&region->work);
-	while (wants_return(region) || region->keeper_works)
-		pthread_cond_wait(&region->change, &region->lock);
+	while (wants_return(region))
+		return_surplus(region);
 	pthread_mutex_unlock(&region->lock);
+	pthread_mutex_unlock(&region->keeping);
+}
+
+void region_hold(struct region *region, uint32_t chunks)
+{
+	pthread_mutex_lock(&region->lock);
+	region->held = chunks;
+	pthread_mutex_unlock(&region->lock);
+}
+
+uint32_t region_compaction_budget(struct region *region)
+{
+	uint32_t level, nr;
+
+	pthread_mutex_lock(&region->lock);
+	level = refill_level(region);
+	nr = region->nr_ready > level ? region->nr_ready - level : 1;
+	pthread_mutex_unlock(&region->lock);
+	return nr;
 }
 
 /* Bytes of @fd from 0 to @end that are not holes. */

@@ -92,7 +92,7 @@ struct region {
 	pthread_mutex_t keeping;
 	pthread_mutex_t lock;
 	pthread_cond_t work;   /* the keeper waits here */
-	pthread_cond_t change; /* whoever needs a chunk, or a settled region, waits here */
+	pthread_cond_t change; /* whoever needs a chunk waits here */
 	uint32_t ready, holes; /* heads of lists */
 	uint32_t stale;	       /* likewise: free, but not populated throughout */
 	uint32_t nr_ready, nr_used;
@@ -100,7 +100,7 @@ struct region {
 	uint32_t max_used;  /* cap on USED chunks */
 	uint32_t spare;	    /* of these, the last ones only for compaction */
 	int refill_error;   /* of the last try to populate, 0 when it went well */
-	bool keeper_works;  /* is about to change the file */
+	uint32_t held; /* while compaction runs: READY chunks above the reserve that may stay */
 	bool stop;
 	pthread_t keeper;
 };
@@ -137,7 +137,8 @@ void region_reset_chunks(struct region *region);
 
 /**
  * region_take_chunk - get a populated, zeroed chunk
- * @compacting: may dip into the spare that the memory limit holds back for compaction
+ * @compacting: may dip into the spare that the memory limit holds back for compaction, but not
+ *              into the reserve's last third, which is for writers
  *
  * Context: below the arena lock. Does not wait.
  * Return: 0, -EAGAIN (none READY: region_wait_ready() and try again), -ENOSPC (memory limit).
@@ -145,7 +146,7 @@ void region_reset_chunks(struct region *region);
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk);
 
 /** region_wait_ready - wait for the keeper. Return: 0, -ENOSPC (the OS has no memory). */
-int region_wait_ready(struct region *region);
+int region_wait_ready(struct region *region, bool compacting);
 
 /** region_give_chunk - return a chunk; its memory must be zero. Context: below the arena lock. */
 void region_give_chunk(struct region *region, uint32_t chunk);
@@ -153,8 +154,19 @@ void region_give_chunk(struct region *region, uint32_t chunk);
 /** region_give_punched - likewise, for a chunk that lost some of its OS pages already. */
 void region_give_punched(struct region *region, uint32_t chunk);
 
-/** region_settle - wait until all that is above the reserve has gone back to the OS. */
+/** region_settle - give all that is above the reserve back to the OS, in the caller's thread. */
 void region_settle(struct region *region);
+
+/**
+ * region_hold - let compaction have up to @chunks READY chunks above the reserve; 0: as ever
+ *
+ * Meanwhile nothing is returned but by region_settle(): the chunks that compaction empties are
+ * those that it fills next, and a keeper that works beside it would take a CPU from the lanes.
+ */
+void region_hold(struct region *region, uint32_t chunks);
+
+/** region_compaction_budget - READY chunks that can be taken before the keeper would refill. */
+uint32_t region_compaction_budget(struct region *region);
 
 /**
  * region_punch - give OS pages of the arena back

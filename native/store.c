@@ -260,7 +260,7 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 {
 	uint32_t i = 0;
 
-	pthread_mutex_lock(&store->arena.lock);
+	arena_lock(&store->arena);
 	while (i < nr) {
 		struct staged *staged = &s->staged[i];
 		int rv = 0;
@@ -269,9 +269,9 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 			rv = arena_alloc(&store->arena, staged->length, (uint32_t)(index + i), false,
 					 &staged->place);
 		if (rv == -EAGAIN) {
-			pthread_mutex_unlock(&store->arena.lock);
-			rv = region_wait_ready(store->region);
-			pthread_mutex_lock(&store->arena.lock);
+			arena_unlock(&store->arena);
+			rv = region_wait_ready(store->region, false);
+			arena_lock(&store->arena);
 			if (!rv)
 				continue;
 		}
@@ -279,7 +279,7 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 			break;
 		i++;
 	}
-	pthread_mutex_unlock(&store->arena.lock);
+	arena_unlock(&store->arena);
 	return i;
 }
 
@@ -316,14 +316,14 @@ void store_unlock_arena(struct store *store)
 		fd = store->watch_fd;
 		store->watch_fd = -1;
 	}
-	pthread_mutex_unlock(&store->arena.lock);
+	arena_unlock(&store->arena);
 	if (fd >= 0)
 		eventfd_write(fd, 1);
 }
 
 void store_watch(struct store *store, int event_fd, uint64_t freed_bytes)
 {
-	pthread_mutex_lock(&store->arena.lock);
+	arena_lock(&store->arena);
 	store->watch_fd = event_fd;
 	store->watch_words = store->arena.freed_words + freed_bytes / 4;
 	store_unlock_arena(store);
@@ -342,7 +342,7 @@ static void free_blocks(struct store *store, struct scratch *s, const bool *soun
 		if (!sound[i])
 			continue;
 		if (!locked)
-			pthread_mutex_lock(&store->arena.lock);
+			arena_lock(&store->arena);
 		locked = true;
 		arena_free(&store->arena, slot_place(s->old[i]));
 	}

@@ -75,10 +75,10 @@ int store_get_stats(struct store *store, struct store_stats *out)
 		.pages_returned = h->pages_returned,
 		.mem_max_bytes = h->max_used_bytes,
 	};
-	pthread_mutex_lock(&store->arena.lock);
+	arena_lock(&store->arena);
 	out->nr_chunks = store->arena.nr_chunks;
 	out->free_bytes = arena_free_words(&store->arena) * 4;
-	pthread_mutex_unlock(&store->arena.lock);
+	arena_unlock(&store->arena);
 	region_usage(store->region, &out->mem_used_bytes, &out->table_bytes, &out->reserve_bytes);
 	return 0;
 }
