@@ -138,7 +138,7 @@ void region_reset_chunks(struct region *region);
 /**
  * region_take_chunk - get a populated, zeroed chunk
  * @compacting: may dip into the spare that the memory limit holds back for compaction, but not
- *              into the reserve's last third, which is for writers
+ *              into the reserve's last eighth, which is for writers
  *
  * Context: below the arena lock. Does not wait.
  * Return: 0, -EAGAIN (none READY: region_wait_ready() and try again), -ENOSPC (memory limit).
@@ -158,7 +158,8 @@ void region_give_punched(struct region *region, uint32_t chunk);
 void region_settle(struct region *region);
 
 /**
- * region_hold - let compaction have up to @chunks READY chunks above the reserve; 0: as ever
+ * region_hold - let compaction have up to @chunks READY chunks above the reserve, and three
+ * quarters of the reserve; 0: as ever
  *
  * Meanwhile nothing is returned but by region_settle(): the chunks that compaction empties are
  * those that it fills next, and a keeper that works beside it would take a CPU from the lanes.
