@@ -55,8 +55,7 @@ uint32_t codec_checksum(const void *in, uint32_t length, uint64_t seed)
 {
 	uint64_t hash = XXH3_64bits(in, length);
 
-	/* The seed's own diffusion: an odd multiplier, high half folded down. */
-	seed = (seed + 1) * 0x9e3779b97f4a7c15ULL;
-	hash ^= seed ^ seed >> 32;
+	/* An odd multiplier spreads the seed upwards; both halves count. */
+	hash ^= (seed + 1) * 0x9e3779b97f4a7c15ULL;
 	return (uint32_t)(hash ^ hash >> 32);
 }
