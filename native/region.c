@@ -268,6 +268,13 @@ int region_punch(struct region *region, uint64_t offset, uint64_t bytes)
 	return 0;
 }
 
+/* For memory that may hold content: it must not, whatever the OS says. */
+static void punch_or_clear(struct region *region, uint64_t offset, uint64_t bytes)
+{
+	if (region_punch(region, offset, bytes))
+		memset((char *)region->arena + offset, 0, bytes);
+}
+
 static uint32_t take_holes(struct region *region, uint32_t *batch)
 {
 	uint32_t touched = atomic_load(&region->header->nr_chunks_touched);
@@ -315,6 +322,14 @@ static void refill(struct region *region)
 	pthread_cond_broadcast(&region->change);
 }
 
+/* A batch at a time, each of which wakes who waits for it. */
+static void refill_all(struct region *region)
+{
+	do
+		refill(region);
+	while (!region->refill_error && !region->stop && region->nr_ready < reserve_target(region));
+}
+
 /* With both locks; drops region->lock meanwhile. */
 static void return_surplus(struct region *region)
 {
@@ -358,10 +373,11 @@ static void *keeper_main(void *arg)
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_lock(&region->keeping);
 		pthread_mutex_lock(&region->lock);
-		if (wants_refill(region))
-			refill(region);
-		if (wants_return(region) && !region->held)
+		/* First what comes back: near the limit, stale chunks are all there is to refill with. */
+		if (wants_return(region) && (!region->held || wants_refill(region)))
 			return_surplus(region);
+		if (wants_refill(region))
+			refill_all(region);
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_unlock(&region->keeping);
 		pthread_mutex_lock(&region->lock);
@@ -422,8 +438,8 @@ void region_reset_chunks(struct region *region)
 		}
 		region->nr_used += used;
 		if (from < c)
-			region_punch(region, (uint64_t)from * region->chunk_bytes,
-				     (uint64_t)(c - from) * region->chunk_bytes);
+			punch_or_clear(region, (uint64_t)from * region->chunk_bytes,
+				       (uint64_t)(c - from) * region->chunk_bytes);
 		from = c + 1;
 	}
 	pthread_mutex_unlock(&region->lock);
