@@ -5,6 +5,10 @@
 #ifndef FIXTURE_H
 #define FIXTURE_H
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

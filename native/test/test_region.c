@@ -486,14 +486,14 @@ static void test_failed_punch_keeps_the_limit(void **state)
 	close_region(&f);
 }
 
-/* Chunks that a dead process was filling hold no content when they are had again. */
-static void test_reset_forgets_unused_chunks(void **state)
+/* Chunks that a dead process was filling hold no content when they are had again, even where the
+ * OS does not take them back. */
+static void reset_forgets_unused_chunks(bool punch_fails)
 {
 	struct fixture f;
 	struct region *again;
 	uint32_t keep[8];
 
-	(void)state;
 	open_region(&f, 100000, CHUNK, 0, 4 * CHUNK);
 	for (int i = 0; i < 16; i++) {
 		uint32_t c = take(f.region);
@@ -506,6 +506,7 @@ static void test_reset_forgets_unused_chunks(void **state)
 	}
 	region_destroy(f.region);
 	assert_int_equal(region_map(&again, f.fd), 0);
+	seam_set(&punch_seam, 0, punch_fails ? 1 << 30 : 0, ENOMEM);
 	pthread_mutex_lock(&again->keeping);
 	region_reset_chunks(again);
 	pthread_mutex_unlock(&again->keeping);
@@ -517,6 +518,13 @@ static void test_reset_forgets_unused_chunks(void **state)
 	for (int i = 0; i < 40; i++)
 		use(again, take(again));
 	close_region(&f);
+}
+
+static void test_reset_forgets_unused_chunks(void **state)
+{
+	(void)state;
+	reset_forgets_unused_chunks(false);
+	reset_forgets_unused_chunks(true);
 }
 
 int main(void)
