@@ -26,6 +26,18 @@ static void class_insert(struct arena *arena, uint64_t place)
 	arena->class_map |= 1ULL << class / 64;
 }
 
+static void class_set_head(struct arena *arena, uint32_t class, uint64_t head)
+{
+	arena->classes[class] = head;
+	if (head)
+		return;
+	arena->class_maps[class / 64] &= ~(1ULL << class % 64);
+	if (!arena->class_maps[class / 64])
+		arena->class_map &= ~(1ULL << class / 64);
+}
+
+/* A link is followed only to a block that links back: where memory was damaged a list ends early
+ * and what was behind it is out of use until store_rebuild(). */
 static void class_remove(struct arena *arena, uint64_t place)
 {
 	struct block *block = block_at(arena, place);
@@ -33,17 +45,18 @@ static void class_remove(struct arena *arena, uint64_t place)
 	uint64_t next = link_next(block);
 	uint64_t prev = link_prev(block);
 
+	if (!next || !ref_is_valid(arena, next) || !block_is_free(block_at(arena, next - 1)) ||
+	    link_prev(block_at(arena, next - 1)) != place + 1)
+		next = 0;
+	if (!prev || !ref_is_valid(arena, prev) || !block_is_free(block_at(arena, prev - 1)) ||
+	    link_next(block_at(arena, prev - 1)) != place + 1)
+		prev = 0;
 	if (next)
 		link_set_prev(block_at(arena, next - 1), prev);
 	if (prev)
 		link_set_next(block_at(arena, prev - 1), next);
-	else
-		arena->classes[class] = next;
-	if (arena->classes[class])
-		return;
-	arena->class_maps[class / 64] &= ~(1ULL << class % 64);
-	if (!arena->class_maps[class / 64])
-		arena->class_map &= ~(1ULL << class / 64);
+	else if (arena->classes[class] == place + 1)
+		class_set_head(arena, class, next);
 }
 
 /* The smallest class with a block that surely holds @words (best fit where classes are exact). */
@@ -232,6 +245,20 @@ static void block_allocate(struct arena *arena, uint64_t place, uint32_t words, 
 	chunk_account(arena, arena_chunk_of(arena, place), (int)words);
 }
 
+/* Is there a free block whose size its neighbour confirms? */
+static bool is_free_block(const struct arena *arena, uint64_t place)
+{
+	const struct block *block = block_at(arena, place);
+	uint32_t words = block_words(block);
+	const struct block *next;
+
+	if (!ref_is_valid(arena, place + 1) || !block_is_free(block) || words < BLOCK_MIN_WORDS ||
+	    chunk_offset(arena, place) + words > arena->region->chunk_words)
+		return false;
+	next = block_next(arena, place);
+	return !next || next->prev == words;
+}
+
 int arena_alloc(struct arena *arena, uint32_t bytes, uint32_t owner, bool compacting,
 		uint64_t *place)
 {
@@ -240,7 +267,13 @@ int arena_alloc(struct arena *arena, uint32_t bytes, uint32_t owner, bool compac
 
 	if (words > arena->region->chunk_words)
 		return alloc_whole(arena, owner, compacting, place);
-	class = class_find(arena, words);
+	while ((class = class_find(arena, words)) != CLASS_NONE) {
+		*place = arena->classes[class] - 1;
+		if (is_free_block(arena, *place) && block_class(block_words(block_at(arena, *place))) == class)
+			break;
+		arena->nr_damaged++;
+		class_set_head(arena, class, 0);
+	}
 	if (class == CLASS_NONE) {
 		uint32_t c;
 		int rv = region_take_chunk(arena->region, compacting, &c);
@@ -248,9 +281,8 @@ int arena_alloc(struct arena *arena, uint32_t bytes, uint32_t owner, bool compac
 		if (rv)
 			return rv;
 		chunk_open(arena, c);
-		class = block_class(arena->region->chunk_words);
+		*place = chunk_start(arena, c);
 	}
-	*place = arena->classes[class] - 1;
 	class_remove(arena, *place);
 	block_allocate(arena, *place, words, owner);
 	return 0;
@@ -270,8 +302,8 @@ static bool block_fits(const struct arena *arena, uint64_t place)
 	    chunk_of(arena, place)->live_words < words)
 		return false;
 	next = block_next(arena, place);
-	if (next && (next->prev != words || block_words(next) < BLOCK_MIN_WORDS ||
-		     offset + words + block_words(next) > arena->region->chunk_words))
+	if (next && (next->prev != words ||
+		     (block_is_free(next) && !is_free_block(arena, place + words))))
 		return false;
 	return !block->prev || block_words(block_at(arena, place - block->prev)) == block->prev;
 }

@@ -86,7 +86,7 @@ static int check_class(const struct arena *arena, uint32_t class, uint64_t *nr, 
 	for (uint64_t ref = arena->classes[class]; ref; (*nr)++) {
 		const struct block *block = block_at(arena, ref - 1);
 
-		if (!block_is_free(block) || block_class(block_words(block)) != class ||
+		if (!ref_is_valid(arena, ref) || !block_is_free(block) || block_class(block_words(block)) != class ||
 		    link_prev(block) != before ||
 		    arena->region->chunks[arena_chunk_of(arena, ref - 1)].flags)
 			return FAULT(message, "class %u lists block %llu wrongly", class,

@@ -90,6 +90,16 @@ static inline void link_set_prev(struct block *block, uint64_t ref)
 	block->link.prev_low = (uint32_t)ref;
 }
 
+/* Can a link lead there: has it room for a header, in a chunk in use? */
+static inline bool ref_is_valid(const struct arena *arena, uint64_t ref)
+{
+	const struct region *region = arena->region;
+
+	return ref - 1 < (uint64_t)region->nr_chunks << region->chunk_shift &&
+	       chunk_offset(arena, ref - 1) + BLOCK_MIN_WORDS <= region->chunk_words &&
+	       chunk_of(arena, ref - 1)->state == CHUNK_USED;
+}
+
 /* The class that a free block of @words is in; all blocks of higher classes are larger. */
 static inline uint32_t block_class(uint32_t words)
 {

@@ -238,7 +238,7 @@ int switch_start(struct fuse_switch **out, struct store *store,
 {
 	struct fuse_switch *sw;
 	uint32_t started = 0;
-	char name[16];
+	char name[24];
 	int rv;
 
 	if (!options_valid(options))

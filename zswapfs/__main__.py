@@ -1,0 +1,5 @@
+"""``python -m zswapfs``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,300 @@
+"""The commands. One line of complaint and exit code 1; wrong usage exits 2."""
+
+import json
+import os
+import select
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import click
+
+from . import supervisor, swap
+from .config import DEFAULT_MOUNTPOINT, Options, parse_count, parse_options
+from .errors import ConfigError, SetupError, ZswapfsError
+
+READY_TIMEOUT = 30
+"""Seconds that a mount may take to become usable."""
+MAX_PRIORITY = 32767
+
+_MOUNTPOINT = click.argument(
+    "mountpoint", type=click.Path(path_type=Path), default=DEFAULT_MOUNTPOINT
+)
+_OPTION_WORDS = click.option(
+    "-o", "words", metavar="NAME=VALUE,...", multiple=True, help="Mount options, as README lists."
+)
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise ConfigError("only root may do this")
+
+
+def _absolute(mountpoint: Path) -> Path:
+    return Path(os.path.realpath(mountpoint))
+
+
+def _check_mountpoint(mountpoint: Path) -> None:
+    if swap.mount_source(mountpoint) is not None:
+        raise ConfigError(f"{mountpoint}: a zswapfs is mounted there already")
+    if not mountpoint.exists():
+        raise ConfigError(f"{mountpoint}: no such directory")
+    if not mountpoint.is_dir():
+        raise ConfigError(f"{mountpoint}: not a directory")
+    if any(mountpoint.iterdir()):
+        raise ConfigError(f"{mountpoint}: not empty")
+
+
+def _wait_ready(fd: int, mountpoint: Path) -> list[str]:
+    """Return the worker's notes once the file is usable. Raises SetupError when it will not be."""
+    text = ""
+    end = time.monotonic() + READY_TIMEOUT
+    while "ready\n" not in text:
+        if not select.select([fd], [], [], max(0, end - time.monotonic()))[0]:
+            raise SetupError(f"{mountpoint}: not usable after {READY_TIMEOUT} s")
+        more = os.read(fd, 4096)
+        if not more:
+            lines = [line for line in text.splitlines() if line.startswith("error: ")]
+            reason = lines[-1].removeprefix("error: ") if lines else "the daemon ended"
+            raise SetupError(f"{mountpoint}: {reason}")
+        text += more.decode(errors="replace")
+    (mountpoint / "swap").stat()
+    return [line.removeprefix("note: ") for line in text.splitlines() if line.startswith("note: ")]
+
+
+def _become_daemon() -> None:
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1):
+        os.dup2(null, fd)
+    os.close(null)
+    # Complaints go where the system's log is; without one, nowhere.
+    with suppress(OSError):
+        kmsg = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(kmsg, 2)
+        os.close(kmsg)
+
+
+def _mount(mountpoint: Path, options: Options, source: str) -> list[str]:
+    """Mount and leave a daemon behind; return its notes. Nothing is left after an error."""
+    _check_mountpoint(mountpoint)
+    fuse_fd = supervisor.mount_fuse(mountpoint, source)
+    ready, says = os.pipe()
+    if os.fork() == 0:
+        os.close(ready)
+        code = 1
+        try:
+            _become_daemon()
+            code = supervisor.serve(mountpoint, options, fuse_fd, says)
+        finally:
+            os._exit(code)
+    os.close(says)
+    os.close(fuse_fd)
+    try:
+        return _wait_ready(ready, mountpoint)
+    except (SetupError, OSError):
+        with suppress(OSError):
+            supervisor.unmount(mountpoint, lazily=True)
+        raise
+    finally:
+        os.close(ready)
+
+
+def _unmount(mountpoint: Path) -> None:
+    try:
+        supervisor.unmount(mountpoint)
+    except OSError as error:
+        raise SetupError(f"{mountpoint}: {error.strerror}") from None
+
+
+def _read_json(mountpoint: Path) -> str:
+    try:
+        return (mountpoint / ".stats.json").read_text()
+    except OSError as error:
+        if swap.mount_source(mountpoint) is None:
+            raise ConfigError(f"{mountpoint}: no zswapfs is mounted there") from None
+        raise SetupError(f"{mountpoint}: {error.strerror}") from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="zswapfs")
+def cli() -> None:
+    """Compressed swap in user space that gives freed memory back."""
+
+
+@cli.command("mount")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@_OPTION_WORDS
+@click.option("-f", "foreground", is_flag=True, help="Stay in the foreground.")
+def mount_command(mountpoint: Path, words: tuple[str, ...], *, foreground: bool) -> None:
+    """Mount at MOUNTPOINT; return when the file is usable. umount(8) ends it."""
+    _need_root()
+    options = parse_options(list(words))
+    target = _absolute(mountpoint)
+    if not foreground:
+        _print_notes(_mount(target, options, swap.SOURCE_MOUNT))
+        return
+    _check_mountpoint(target)
+    fuse_fd = supervisor.mount_fuse(target, swap.SOURCE_MOUNT)
+    says = os.dup(sys.stderr.fileno())
+    sys.exit(supervisor.serve(target, options, fuse_fd, says))
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        click.echo(f"zswapfs: {note}", err=True)
+
+
+def _mend(mountpoint: Path, state: swap.State) -> None:
+    """Take down what an 'up' that was killed left behind."""
+    for device in state.loops:
+        swap.detach(device)
+    if state.source == swap.SOURCE_UP:
+        _unmount(mountpoint)
+
+
+def _set_up(mountpoint: Path, options: Options, priority: int) -> tuple[str, list[str]]:
+    """Mount, attach, swap on; whatever fails or interrupts takes all of it down again."""
+    with ExitStack() as undo:
+        if mountpoint == DEFAULT_MOUNTPOINT and not mountpoint.exists():
+            mountpoint.mkdir(mode=0o700)
+            undo.callback(mountpoint.rmdir)
+        notes = _mount(mountpoint, options, swap.SOURCE_UP)
+        undo.callback(supervisor.unmount, mountpoint)
+        device = swap.attach(mountpoint / "swap")
+        undo.callback(swap.detach, device)
+        swap.swap_on(device, priority)
+        undo.pop_all()
+    return device, notes
+
+
+@cli.command()
+@_MOUNTPOINT
+@click.option("--size", help="Of the swap, like 8G or 50% of memory.  [default: 50%]")
+@click.option("--mem-limit", help="Cap on the memory it takes, like 2G or 25%.  [default: none]")
+@click.option("--priority", default="100", show_default=True, help="Of the swap, 0 to 32767.")
+@_OPTION_WORDS
+def up(
+    mountpoint: Path,
+    size: str | None,
+    mem_limit: str | None,
+    priority: str,
+    words: tuple[str, ...],
+) -> None:
+    """Mount, attach a loop device, make swap, and turn it on."""
+    _need_root()
+    more = [f"size={size}"] if size is not None else []
+    more += [f"mem_limit={mem_limit}"] if mem_limit is not None else []
+    options = parse_options([*words, *more])
+    rank = parse_count(priority, "priority", 0, MAX_PRIORITY)
+    target = _absolute(mountpoint)
+    with swap.exclusively():
+        state = swap.state_of(target)
+        if state.swaps:
+            raise ConfigError(f"{target}: already up, on {state.swaps[0].device}")
+        if state.source == swap.SOURCE_UP or (state.source is None and state.loops):
+            _mend(target, state)
+        device, notes = _set_up(target, options, rank)
+    _print_notes(notes)
+    limit = "" if options.mem_limit is None else f", at most {options.mem_limit >> 20} MiB of memory"
+    click.echo(f"zswapfs: {options.size >> 20} MiB of swap on {device}, priority {rank}{limit}")
+
+
+@cli.command()
+@_MOUNTPOINT
+def down(mountpoint: Path) -> None:
+    """Turn swap off and unmount; or say why not, and leave all as it is."""
+    _need_root()
+    target = _absolute(mountpoint)
+    with swap.exclusively():
+        state = swap.state_of(target)
+        if not state.swaps and not state.loops and state.source != swap.SOURCE_UP:
+            raise ConfigError(f"{target}: not up")
+        swap.swap_off(target, state.swaps)
+        for device in state.loops:
+            swap.detach(device)
+        if state.source is not None:
+            _unmount(target)
+        if target == DEFAULT_MOUNTPOINT:
+            with suppress(OSError):
+                target.rmdir()
+    click.echo(f"zswapfs: {target} is down")
+
+
+@cli.command()
+@_MOUNTPOINT
+@click.option("--json", "as_json", is_flag=True, help="Print MOUNTPOINT/.stats.json.")
+def stats(mountpoint: Path, *, as_json: bool) -> None:
+    """Show what is stored and what it costs."""
+    text = _read_json(_absolute(mountpoint))
+    if as_json:
+        click.echo(text, nl=False)
+        return
+    for name, value in json.loads(text).items():
+        if name == "raw":
+            continue
+        unit = ""
+        if name.endswith(("Size", "Limit", "MemUsedTotal", "MemUsedMax", "DaemonRSS")):
+            value, unit = value / 1024, " MiB"
+        elif name in ("GoodCompress", "NoCompress"):
+            unit = " %"
+        number = f"{value:14,.2f}" if isinstance(value, float) else f"{value:11,}   "
+        click.echo(f"{name:16}{number}{unit}")
+
+
+@cli.command()
+@_MOUNTPOINT
+def compact(mountpoint: Path) -> None:
+    """Give all memory back that can be given, now."""
+    _need_root()
+    target = _absolute(mountpoint)
+    before = json.loads(_read_json(target))["raw"]
+    try:
+        (target / ".compact").write_text("1")
+    except OSError as error:
+        raise SetupError(f"{target}: {error.strerror}") from None
+    after = json.loads(_read_json(target))["raw"]
+    won = before["mem_used_bytes"] - after["mem_used_bytes"]
+    moved = after["pages_compacted"] - before["pages_compacted"]
+    click.echo(
+        f"zswapfs: returned {max(won, 0) / (1 << 20):.1f} MiB, moved {moved} blocks, "
+        f"now {after['mem_used_bytes'] / (1 << 20):.1f} MiB for "
+        f"{after['compr_bytes'] / (1 << 20):.1f} MiB of compressed content"
+    )
+
+
+def _guarded(words: list[str]) -> None:
+    try:
+        cli(words, prog_name="zswapfs")
+    except (ZswapfsError, OSError) as error:
+        sys.exit(f"zswapfs: {error}")
+
+
+def main() -> None:
+    """Run the command line."""
+    _guarded(sys.argv[1:])
+
+
+def mount_helper() -> None:
+    """Run as mount.fuse.zswapfs SOURCE MOUNTPOINT [-sfnv] [-N NS] [-o OPTIONS] [-t TYPE].
+
+    mount(8) calls its helpers like that, also for lines of fstab.
+    """
+    words = ["mount"]
+    arguments = iter(sys.argv[1:])
+    places = []
+    for word in arguments:
+        if word == "-o":
+            words += ["-o", next(arguments, "")]
+        elif word in ("-t", "-N"):
+            next(arguments, None)
+        elif not word.startswith("-"):
+            places.append(word)
+        elif "f" in word:
+            return  # mount -f: all but the mounting
+    if len(places) != 2:  # noqa: PLR2004 source and mountpoint
+        print("usage: mount.fuse.zswapfs SOURCE MOUNTPOINT [-o OPTIONS]", file=sys.stderr)
+        sys.exit(2)
+    _guarded([*words, places[1]])

@@ -1,0 +1,95 @@
+"""Holds /dev/fuse and the region, and forks the worker that uses them.
+
+It imports as little as it can: its memory is counted too.
+"""
+
+import ctypes
+import errno
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from . import worker
+from .config import Options
+from .errors import SetupError
+from .store import region_memory
+
+_MS_NOSUID, _MS_NODEV = 2, 4
+_MNT_DETACH = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def mount_fuse(mountpoint: Path, source: str) -> int:
+    """Mount an empty FUSE filesystem; return the descriptor that its requests come from.
+
+    ``source`` is what /proc/mounts will name it. Raises SetupError.
+    """
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SetupError(f"/dev/fuse: {error.strerror}; is the fuse module there?") from None
+    words = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions"
+    words += f",max_read={worker.MAX_REQUEST_BYTES}"
+    flags = _MS_NOSUID | _MS_NODEV
+    target = os.fsencode(mountpoint)
+    if _libc.mount(source.encode(), target, b"fuse.zswapfs", flags, words.encode()):
+        reason = os.strerror(ctypes.get_errno())
+        os.close(fd)
+        raise SetupError(f"{mountpoint}: cannot mount: {reason}")
+    return fd
+
+
+def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
+    """Unmount. Raises OSError (EBUSY: in use)."""
+    if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazily else 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(mountpoint))
+
+
+def _worker_main(options: Options, fds: tuple[int, int, int]) -> None:
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = worker.run(options, *fds)
+    except BaseException as error:  # noqa: BLE001 the last chance to say anything
+        with suppress(OSError):
+            os.write(fds[2], f"error: {error}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def serve(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> int:
+    """Run the daemon until the unmount; return its exit code.
+
+    SIGTERM and SIGINT unmount, if nobody uses the mount; under live swap they change nothing.
+    """
+    region_fd, noswap = region_memory()
+    if not noswap:
+        text = "note: no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover\n"
+        os.write(ready_fd, text.encode())
+    pid = os.fork()
+    if pid == 0:
+        _worker_main(options, (fuse_fd, region_fd, ready_fd))
+    os.close(ready_fd)
+
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        try:
+            unmount(mountpoint)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                print(f"zswapfs: {mountpoint}: {error.strerror}; goes on", file=sys.stderr)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        print(f"zswapfs: {mountpoint}: the worker ended with {code}", file=sys.stderr)
+        with suppress(OSError):
+            unmount(mountpoint, lazily=True)
+        return 1
+    return 0

@@ -1,0 +1,185 @@
+"""Loop device and swap: in the right order up, and in the reverse order down.
+
+There is no state file. What is up is read from /proc/mounts, /sys/block and /proc/swaps, so a
+step that was killed leaves nothing that the next one could not see.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigError, SetupError
+
+TIMEOUT = 60
+"""Seconds that any tool but swapoff may take."""
+LABEL = "zswapfs"
+FSTYPE = "fuse.zswapfs"
+SOURCE_UP = "zswapfs-up"
+"""What /proc/mounts names a mount that ``up`` made: it may be taken down without a question."""
+SOURCE_MOUNT = "zswapfs"
+_LOCK = Path("/run/lock/zswapfs")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A line of /proc/swaps; sizes in bytes."""
+
+    device: str
+    size: int
+    used: int
+    priority: int
+
+
+@dataclass(frozen=True)
+class State:
+    """What the system has of one mountpoint."""
+
+    source: str | None
+    """As /proc/mounts names it; None: no zswapfs is mounted there."""
+    loops: tuple[str, ...]
+    """Loop devices on its swap file."""
+    swaps: tuple[Swap, ...]
+    """Of these, which are swapped on."""
+
+
+def run(*words: str, timeout: float | None = TIMEOUT) -> str:
+    """Run a tool and return its output. Raises SetupError with its first line of complaint."""
+    tool = shutil.which(words[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if tool is None:
+        raise SetupError(f"{words[0]}: not installed (packages util-linux and mount)")
+    try:
+        done = subprocess.run(
+            [tool, *words[1:]],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise SetupError(f"{words[0]}: no answer in {timeout} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise SetupError(lines[-1] if lines else f"{words[0]}: exit code {done.returncode}")
+    return done.stdout
+
+
+def _unescape(word: str) -> str:
+    """Undo the octal escapes of /proc."""
+    return word.encode().decode("unicode_escape")
+
+
+def mount_source(mountpoint: Path) -> str | None:
+    """Return the source of the zswapfs that is mounted there, or None."""
+    source = None
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        words = line.split()
+        if _unescape(words[1]) == str(mountpoint):
+            source = words[0] if words[2] == FSTYPE else None
+    return source
+
+
+def active_swaps() -> list[Swap]:
+    """Return what /proc/swaps lists."""
+    swaps = []
+    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
+        device, _, size, used, priority = line.split()
+        swaps.append(Swap(_unescape(device), int(size) << 10, int(used) << 10, int(priority)))
+    return swaps
+
+
+def loops_of(file: Path) -> list[str]:
+    """Return the loop devices that are attached to ``file``."""
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            backing = entry.read_text().strip()
+        except OSError:
+            continue
+        if backing.removesuffix(" (deleted)") == str(file):
+            found.append(f"/dev/{entry.parts[3]}")
+    return sorted(found)
+
+
+def state_of(mountpoint: Path) -> State:
+    """Look at the system."""
+    loops = loops_of(mountpoint / "swap")
+    swaps = [swap for swap in active_swaps() if swap.device in loops]
+    return State(mount_source(mountpoint), tuple(loops), tuple(swaps))
+
+
+def attach(file: Path) -> str:
+    """Attach a loop device with direct I/O and 4096-byte sectors; return its name.
+
+    Raises SetupError, with nothing attached, also where the kernel gave less than was asked for.
+    """
+    device = run(
+        "losetup", "--direct-io=on", "--sector-size", "4096", "-f", "--show", str(file)
+    ).strip()
+    sysfs = Path("/sys/block") / Path(device).name
+    direct = (sysfs / "loop/dio").read_text().strip()
+    sector = (sysfs / "queue/logical_block_size").read_text().strip()
+    if (direct, sector) != ("1", "4096"):
+        detach(device)
+        raise SetupError(f"{device}: direct I/O {direct}, sectors of {sector} bytes; both matter")
+    return device
+
+
+def detach(device: str) -> None:
+    """Detach a loop device and wait until the kernel has let go of its file."""
+    run("losetup", "-d", device)
+    backing = Path("/sys/block") / Path(device).name / "loop/backing_file"
+    for _ in range(100):
+        if not backing.exists():
+            return
+        time.sleep(0.02)
+    raise SetupError(f"{device}: still in use")
+
+
+def swap_on(device: str, priority: int) -> None:
+    """Make swap and turn it on, with discard."""
+    run("mkswap", "--label", LABEL, device)
+    run("swapon", "--discard", "--priority", str(priority), device)
+
+
+def available_bytes() -> int:
+    """Return what pages that come back from swap can use: memory, and other swap."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    values = {name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines)}
+    return values["MemAvailable"]
+
+
+def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
+    """Turn swap off, if memory can take the pages back. Raises SetupError with all left as it was.
+
+    swapoff has no timeout: it reads every page back, and interrupted it leaves some behind.
+    """
+    mine = {swap.device for swap in swaps}
+    others = sum(swap.size - swap.used for swap in active_swaps() if swap.device not in mine)
+    need = sum(swap.used for swap in swaps)
+    have = available_bytes() + others
+    if need > have:
+        raise SetupError(
+            f"{mountpoint}: {need >> 20} MiB are in swap and only {have >> 20} MiB of memory "
+            "are free to take them back; nothing was changed"
+        )
+    for swap in swaps:
+        run("swapoff", swap.device, timeout=None)
+
+
+@contextmanager
+def exclusively() -> Iterator[None]:
+    """Let one ``up`` or ``down`` at a time change things. Raises ConfigError when one does."""
+    _LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with _LOCK.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("another 'up' or 'down' is at work") from None
+        yield

@@ -1,0 +1,141 @@
+"""One worker's life: lock memory, open the store, start the lanes, run pyfuse3 until unmount."""
+
+import ctypes
+import gc
+import logging
+import os
+import socket
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from .config import Options
+from .stats import Stats
+from .store import FuseSwitch, Store
+
+MAX_REQUEST_BYTES = 256 << 10
+SOCKET_BYTES = 4 << 20
+SWAP_INODE = 2
+
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_PR_SET_IO_FLUSHER = 57
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_M_ARENA_MAX = -8
+
+log = logging.getLogger("zswapfs")
+
+
+def protect_memory() -> list[str]:
+    """Keep the process out of the way of its own swap; return what could not be had."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    missing = []
+    libc.mallopt(_M_ARENA_MAX, 1)
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
+        missing.append(f"memory is not locked ({os.strerror(ctypes.get_errno())})")
+    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
+        missing.append(f"not an I/O flusher ({os.strerror(ctypes.get_errno())})")
+    try:
+        Path("/proc/self/oom_score_adj").write_text("-1000")
+    except OSError as error:
+        missing.append(f"the OOM killer is not held off ({error.strerror})")
+    return missing
+
+
+def own_memory(pids: list[int]) -> int:
+    """Return the bytes that processes have resident besides the region, shared ones by share."""
+    total = 0
+    for pid in pids:
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in ("Pss_Anon", "Pss_File"):
+                    total += int(value.split()[0]) << 10
+    return total
+
+
+def take_stats(store: Store) -> Stats:
+    """Return the store's statistics with the daemon's own beside them."""
+    return store.stats(daemon_rss=own_memory([os.getpid(), os.getppid()]))
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SOCKET_BYTES)
+        end.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, SOCKET_BYTES)
+    return ours, theirs
+
+
+def _control_plane(
+    store: Store, options: Options, switch: FuseSwitch, fds: tuple[int, int, int]
+) -> None:
+    """Run pyfuse3 and the policy tasks until the switch says that the kernel has unmounted.
+
+    ``fds``: pyfuse3's end of the socket, the switch's eventfd, and where to say 'ready'.
+    """
+    import pyfuse3  # noqa: PLC0415 the lanes serve already while these load
+    import trio  # noqa: PLC0415
+
+    from .compaction import compaction_task  # noqa: PLC0415
+    from .filesystem import Filesystem  # noqa: PLC0415
+
+    socket_fd, end_fd, ready_fd = fds
+
+    async def announce() -> None:
+        while not switch.ready:
+            await trio.sleep(0.002)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        os.write(ready_fd, b"ready\n")
+        os.close(ready_fd)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(announce)
+            nursery.start_soon(pyfuse3.main)
+            nursery.start_soon(compaction_task, store, options)
+            await trio.lowlevel.wait_readable(end_fd)
+            pyfuse3.terminate()
+            nursery.cancel_scope.cancel()
+
+    filesystem = Filesystem(store, partial(take_stats, store))
+    pyfuse3.init(filesystem, f"/dev/fd/{socket_fd}", set())
+    try:
+        trio.run(main)
+    finally:
+        pyfuse3.close(unmount=False)
+
+
+def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
+    """Serve one mount until it is unmounted; return the process's exit code.
+
+    ``ready_fd`` gets a line when the file is usable, and before it one for each protection that
+    could not be had.
+    """
+    missing = protect_memory()
+    if missing:
+        os.write(ready_fd, f"note: {'; '.join(missing)}\n".encode())
+    ours, theirs = _pair()
+    end_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    store = Store(
+        options.nr_pages, options.mem_limit, reserve=options.reserve, fd=region_fd
+    )
+    switch = FuseSwitch(
+        store,
+        fuse_fd=fuse_fd,
+        socket_fd=ours.fileno(),
+        end_fd=end_fd,
+        nr_lanes=options.lanes,
+        spin_us=options.spin_us,
+        max_request_bytes=MAX_REQUEST_BYTES,
+        swap_inode=SWAP_INODE,
+    )
+    try:
+        _control_plane(store, options, switch, (os.dup(theirs.fileno()), end_fd, ready_fd))
+    except Exception:
+        # Pages must go on: whoever has some in swap would die with the lanes.
+        log.exception("the control plane ended; pages are served until the unmount")
+    switch.join()
+    store.close()
+    return 0
