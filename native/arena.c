@@ -26,6 +26,11 @@ static void class_insert(struct arena *arena, uint64_t place)
 	arena->class_map |= 1ULL << class / 64;
 }
 
+static bool links_to_free(const struct arena *arena, uint64_t ref)
+{
+	return ref_is_valid(arena, ref) && block_is_free(block_at(arena, ref - 1));
+}
+
 static void class_set_head(struct arena *arena, uint32_t class, uint64_t head)
 {
 	arena->classes[class] = head;
@@ -45,11 +50,9 @@ static void class_remove(struct arena *arena, uint64_t place)
 	uint64_t next = link_next(block);
 	uint64_t prev = link_prev(block);
 
-	if (!next || !ref_is_valid(arena, next) || !block_is_free(block_at(arena, next - 1)) ||
-	    link_prev(block_at(arena, next - 1)) != place + 1)
+	if (!links_to_free(arena, next) || link_prev(block_at(arena, next - 1)) != place + 1)
 		next = 0;
-	if (!prev || !ref_is_valid(arena, prev) || !block_is_free(block_at(arena, prev - 1)) ||
-	    link_next(block_at(arena, prev - 1)) != place + 1)
+	if (!links_to_free(arena, prev) || link_next(block_at(arena, prev - 1)) != place + 1)
 		prev = 0;
 	if (next)
 		link_set_prev(block_at(arena, next - 1), prev);
@@ -259,22 +262,31 @@ static bool is_free_block(const struct arena *arena, uint64_t place)
 	return !next || next->prev == words;
 }
 
-int arena_alloc(struct arena *arena, uint32_t bytes, uint32_t owner, bool compacting,
-		uint64_t *place)
+/* The best class for @words and its first block's @place. A list that begins with damage is
+ * given up. */
+static uint32_t find_block(struct arena *arena, uint32_t words, uint64_t *place)
 {
-	uint32_t words = arena_words(bytes);
 	uint32_t class;
 
-	if (words > arena->region->chunk_words)
-		return alloc_whole(arena, owner, compacting, place);
 	while ((class = class_find(arena, words)) != CLASS_NONE) {
 		*place = arena->classes[class] - 1;
-		if (is_free_block(arena, *place) && block_class(block_words(block_at(arena, *place))) == class)
+		if (is_free_block(arena, *place) &&
+		    block_class(block_words(block_at(arena, *place))) == class)
 			break;
 		arena->nr_damaged++;
 		class_set_head(arena, class, 0);
 	}
-	if (class == CLASS_NONE) {
+	return class;
+}
+
+int arena_alloc(struct arena *arena, uint32_t bytes, uint32_t owner, bool compacting,
+		uint64_t *place)
+{
+	uint32_t words = arena_words(bytes);
+
+	if (words > arena->region->chunk_words)
+		return alloc_whole(arena, owner, compacting, place);
+	if (find_block(arena, words, place) == CLASS_NONE) {
 		uint32_t c;
 		int rv = region_take_chunk(arena->region, compacting, &c);
 
