@@ -53,10 +53,10 @@ static inline int open_memory(void)
 static inline struct store *open_store(int fd, uint64_t nr_pages, uint32_t chunk_bytes,
 				       uint64_t mem_limit, uint64_t reserve_bytes)
 {
-	struct store_options options = { .nr_pages = nr_pages,
-					 .mem_limit = mem_limit,
-					 .reserve_bytes = reserve_bytes,
-					 .chunk_bytes = chunk_bytes };
+	struct store_options options = {.nr_pages = nr_pages,
+					.mem_limit = mem_limit,
+					.reserve_bytes = reserve_bytes,
+					.chunk_bytes = chunk_bytes};
 	struct store *store;
 
 	assert_int_equal(store_create(&store, fd, &options), 0);

@@ -21,8 +21,14 @@ static uint64_t codec_state[CODEC_STATE_BYTES / 8];
 /* A page that is one repeated word is recognised, whatever the word; one other bit is noticed. */
 static void test_same_filled_pages_are_recognised(void **state)
 {
-	static const uint64_t words[] = { 0, 1, UINT64_MAX, 1ULL << 50, (1ULL << 50) - 1,
-					  0x0101010101010101, 0x8000000000000000, 0x1122334455667788 };
+	static const uint64_t words[] = {0,
+					 1,
+					 UINT64_MAX,
+					 1ULL << 50,
+					 (1ULL << 50) - 1,
+					 0x0101010101010101,
+					 0x8000000000000000,
+					 0x1122334455667788};
 	uint8_t page[CODEC_PAGE_BYTES];
 	uint64_t word;
 
@@ -131,8 +137,8 @@ static void test_damaged_input_is_refused(void **state)
 /* A compressed form of fewer or more bytes than a page is not a page. */
 static void test_other_sizes_are_refused(void **state)
 {
-	static const int sizes[] = { 1, 100, 4095, 4097, 5000 };
-	uint8_t page[5000] = { 0 }, back[CODEC_PAGE_BYTES], out[CODEC_MAX_BYTES];
+	static const int sizes[] = {1, 100, 4095, 4097, 5000};
+	uint8_t page[5000] = {0}, back[CODEC_PAGE_BYTES], out[CODEC_MAX_BYTES];
 
 	(void)state;
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++) {
@@ -166,8 +172,8 @@ static void test_checksum_covers_content_and_seed(void **state)
 /* Fields of a slot come back, up to the largest of each. */
 static void test_slot_fields_come_back(void **state)
 {
-	static const uint64_t places[] = { 0, 1, 4, 0xffffffff, (1ULL << SLOT_PLACE_BITS) - 1 };
-	static const uint32_t lengths[] = { 1, 2, 3072, 4095, 4096 };
+	static const uint64_t places[] = {0, 1, 4, 0xffffffff, (1ULL << SLOT_PLACE_BITS) - 1};
+	static const uint32_t lengths[] = {1, 2, 3072, 4095, 4096};
 
 	(void)state;
 	for (int p = 0; p < 5; p++) {

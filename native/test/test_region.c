@@ -15,10 +15,10 @@ struct fixture {
 static struct region *open_region(struct fixture *f, uint64_t nr_pages, uint32_t chunk_bytes,
 				  uint64_t mem_limit, uint64_t reserve_bytes)
 {
-	struct store_options options = { .nr_pages = nr_pages,
-					 .mem_limit = mem_limit,
-					 .reserve_bytes = reserve_bytes,
-					 .chunk_bytes = chunk_bytes };
+	struct store_options options = {.nr_pages = nr_pages,
+					.mem_limit = mem_limit,
+					.reserve_bytes = reserve_bytes,
+					.chunk_bytes = chunk_bytes};
 
 	f->fd = open_memory();
 	assert_int_equal(region_format(f->fd, &options), 0);
@@ -118,16 +118,16 @@ static void test_memory_has_no_name(void **state)
 static void test_bad_options_are_refused(void **state)
 {
 	static const struct store_options bad[] = {
-		{ .nr_pages = 0, .chunk_bytes = 65536 },
-		{ .nr_pages = STORE_MAX_PAGES + 1ULL, .chunk_bytes = 65536 },
-		{ .nr_pages = UINT64_MAX, .chunk_bytes = 65536 },
-		{ .nr_pages = 1, .chunk_bytes = 0 },
-		{ .nr_pages = 1, .chunk_bytes = 2048 },
-		{ .nr_pages = 1, .chunk_bytes = 4097 },
-		{ .nr_pages = 1, .chunk_bytes = 12288 },
-		{ .nr_pages = 1, .chunk_bytes = 131072 },
-		{ .nr_pages = 1, .chunk_bytes = 65536, .mem_limit = 1 },
-		{ .nr_pages = 1, .chunk_bytes = 65536, .mem_limit = 65535 },
+		{.nr_pages = 0, .chunk_bytes = 65536},
+		{.nr_pages = STORE_MAX_PAGES + 1ULL, .chunk_bytes = 65536},
+		{.nr_pages = UINT64_MAX, .chunk_bytes = 65536},
+		{.nr_pages = 1, .chunk_bytes = 0},
+		{.nr_pages = 1, .chunk_bytes = 2048},
+		{.nr_pages = 1, .chunk_bytes = 4097},
+		{.nr_pages = 1, .chunk_bytes = 12288},
+		{.nr_pages = 1, .chunk_bytes = 131072},
+		{.nr_pages = 1, .chunk_bytes = 65536, .mem_limit = 1},
+		{.nr_pages = 1, .chunk_bytes = 65536, .mem_limit = 65535},
 	};
 	int fd = open_memory();
 	struct stat st;
@@ -149,13 +149,13 @@ static void test_bad_options_are_refused(void **state)
 /* Tables and chunks lie one behind the other and hold what they must, at any size. */
 static void test_layout_holds_the_tables(void **state)
 {
-	static const uint64_t sizes[] = { 1,	 2,	511,   512,	 513,	      32767,
-					  32768, 32769, 65537, 16777216, 1ULL << 28 };
+	static const uint64_t sizes[] = {1,	2,     511,   512,	513,	   32767,
+					 32768, 32769, 65537, 16777216, 1ULL << 28};
 
 	(void)state;
 	for (uint32_t chunk = STORE_MIN_CHUNK_BYTES; chunk <= STORE_MAX_CHUNK_BYTES; chunk *= 2) {
 		for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
-			struct store_options o = { .nr_pages = sizes[i], .chunk_bytes = chunk };
+			struct store_options o = {.nr_pages = sizes[i], .chunk_bytes = chunk};
 			struct region_header h;
 			int fd = open_memory();
 
@@ -165,7 +165,8 @@ static void test_layout_holds_the_tables(void **state)
 			assert_true(h.slot_off >= h.map_off + (sizes[i] / 512 / 64 + 1) * 8);
 			assert_true(h.word_off >= h.slot_off + sizes[i] * 8);
 			assert_true(h.chunk_off >= h.word_off + sizes[i] * 16);
-			assert_true(h.arena_off >= h.chunk_off + h.nr_chunks * sizeof(struct chunk));
+			assert_true(h.arena_off >=
+				    h.chunk_off + h.nr_chunks * sizeof(struct chunk));
 			assert_true(h.total_bytes == h.arena_off + h.nr_chunks * chunk);
 			/* All pages of the file raw, or what a slot can address. */
 			assert_true(h.nr_chunks * chunk >= sizes[i] * PAGE_BYTES);
@@ -178,7 +179,7 @@ static void test_layout_holds_the_tables(void **state)
 /* What is no region, or another version's, is not mapped; an unknown format has its own error. */
 static void test_other_files_are_not_mapped(void **state)
 {
-	struct store_options o = { .nr_pages = 10, .chunk_bytes = 65536 };
+	struct store_options o = {.nr_pages = 10, .chunk_bytes = 65536};
 	struct region_header good, h;
 	struct region *region = NULL;
 	struct store *store = NULL;
@@ -250,7 +251,7 @@ static void test_reserve_is_populated_ahead(void **state)
 static void test_surplus_goes_back(void **state)
 {
 	uint64_t arena, tables, reserve;
-	bool seen[256] = { false };
+	bool seen[256] = {false};
 	struct fixture f;
 	uint32_t chunks[100];
 
