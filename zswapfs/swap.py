@@ -179,7 +179,7 @@ def exclusively() -> Iterator[None]:
     _LOCK.parent.mkdir(parents=True, exist_ok=True)
     with _LOCK.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a daemon does not inherit
+        except OSError:
             raise ConfigError("another 'up' or 'down' is at work") from None
         yield
