@@ -69,7 +69,8 @@ static uint32_t class_find(const struct arena *arena, uint32_t words)
 	uint64_t map = arena->class_maps[class / 64] & ~0ULL << class % 64;
 
 	if (!map) {
-		uint64_t upper = class / 64 == 63 ? 0 : arena->class_map & ~0ULL << (class / 64 + 1);
+		uint64_t upper =
+			class / 64 == 63 ? 0 : arena->class_map & ~0ULL << (class / 64 + 1);
 
 		if (!upper)
 			return CLASS_NONE;
@@ -117,7 +118,8 @@ static void chunk_account(struct arena *arena, uint32_t c, int words)
 	struct chunk *chunk = &arena->region->chunks[c];
 	uint32_t before = chunk_occupancy(arena, chunk);
 	uint16_t live = (uint16_t)(chunk->live_words + words);
-	bool moves = !chunk->flags && before != chunk_occupancy(arena, &(struct chunk){ .live_words = live });
+	bool moves = !chunk->flags &&
+		     before != chunk_occupancy(arena, &(struct chunk){.live_words = live});
 
 	if (moves)
 		chunk_unlist(arena, c);
@@ -310,12 +312,11 @@ static bool block_fits(const struct arena *arena, uint64_t place)
 
 	if (block_is_free(block) || words < BLOCK_MIN_WORDS ||
 	    offset + words > arena->region->chunk_words || block->prev > offset ||
-	    (block->prev == 0) != (offset == 0) ||
-	    chunk_of(arena, place)->live_words < words)
+	    (block->prev == 0) != (offset == 0) || chunk_of(arena, place)->live_words < words)
 		return false;
 	next = block_next(arena, place);
-	if (next && (next->prev != words ||
-		     (block_is_free(next) && !is_free_block(arena, place + words))))
+	if (next &&
+	    (next->prev != words || (block_is_free(next) && !is_free_block(arena, place + words))))
 		return false;
 	return !block->prev || block_words(block_at(arena, place - block->prev)) == block->prev;
 }
@@ -427,7 +428,7 @@ int arena_walk(const struct arena *arena, uint32_t chunk, struct arena_block *ou
 
 static int chunk_tiles(const struct arena *arena, uint32_t c)
 {
-	struct arena_block block = { .place = chunk_start(arena, c) };
+	struct arena_block block = {.place = chunk_start(arena, c)};
 	uint32_t prev = 0;
 	int rv;
 
@@ -443,7 +444,7 @@ static int chunk_tiles(const struct arena *arena, uint32_t c)
 static void chunk_for_each_free(struct arena *arena, uint32_t c,
 				void (*each)(struct arena *arena, uint64_t place))
 {
-	struct arena_block block = { .place = chunk_start(arena, c) };
+	struct arena_block block = {.place = chunk_start(arena, c)};
 
 	while (arena_walk(arena, c, &block) > 0) {
 		if (block.is_free)
@@ -516,7 +517,7 @@ void arena_rebuild_chunk(struct arena *arena, uint32_t c, const struct arena_cla
 	uint64_t end = at + arena->region->chunk_words;
 	uint32_t prev = 0;
 
-	*chunk = (struct chunk){ .state = CHUNK_USED, .nr_blocks = (uint16_t)nr };
+	*chunk = (struct chunk){.state = CHUNK_USED, .nr_blocks = (uint16_t)nr};
 	arena->nr_chunks++;
 	for (uint32_t i = 0; i < nr; i++) {
 		uint64_t next = i + 1 < nr ? claims[i + 1].place : end;
@@ -524,7 +525,8 @@ void arena_rebuild_chunk(struct arena *arena, uint32_t c, const struct arena_cla
 		uint32_t gap = (uint32_t)(next - claims[i].place) - words;
 
 		if (claims[i].place > at && i == 0)
-			at = rebuild_block(arena, at, (uint32_t)(claims[i].place - at), true, &prev);
+			at = rebuild_block(arena, at, (uint32_t)(claims[i].place - at), true,
+					   &prev);
 		if (gap < BLOCK_MIN_WORDS)
 			words += gap;
 		at = rebuild_block(arena, at, words, false, &prev);

@@ -54,13 +54,13 @@ struct arena {
 	struct region *region;
 	uint64_t class_map;
 	uint64_t class_maps[ARENA_MAP_WORDS];
-	uint64_t classes[ARENA_NR_CLASSES];	  /* place of the first free block, plus 1 */
-	uint32_t occupancy[ARENA_NR_OCCUPANCY];	  /* first USED chunk of each */
-	uint32_t trimmed;			  /* first PUNCHED chunk */
-	uint64_t punched_pages;			  /* in all of them */
-	uint64_t live_words;			  /* in USED chunks, headers included */
-	uint64_t freed_words;			  /* ever; compaction's moves included */
-	uint64_t nr_chunks;			  /* USED and WHOLE */
+	uint64_t classes[ARENA_NR_CLASSES];	/* place of the first free block, plus 1 */
+	uint32_t occupancy[ARENA_NR_OCCUPANCY]; /* first USED chunk of each */
+	uint32_t trimmed;			/* first PUNCHED chunk */
+	uint64_t punched_pages;			/* in all of them */
+	uint64_t live_words;			/* in USED chunks, headers included */
+	uint64_t freed_words;			/* ever; compaction's moves included */
+	uint64_t nr_chunks;			/* USED and WHOLE */
 	uint64_t nr_whole;
 	uint64_t nr_damaged; /* blocks whose tags made no sense when they were freed */
 	bool has_whole;

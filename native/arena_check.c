@@ -45,7 +45,7 @@ static int check_block(const struct arena *arena, const struct arena_block *b, b
 static int check_chunk(const struct arena *arena, uint32_t c, struct census *census, char *message)
 {
 	const struct chunk *chunk = &arena->region->chunks[c];
-	struct arena_block b = { .place = chunk_start(arena, c) };
+	struct arena_block b = {.place = chunk_start(arena, c)};
 	uint32_t live = 0, nr = 0, prev = 0;
 	bool after_free = false;
 	int rv;
@@ -86,8 +86,8 @@ static int check_class(const struct arena *arena, uint32_t class, uint64_t *nr, 
 	for (uint64_t ref = arena->classes[class]; ref; (*nr)++) {
 		const struct block *block = block_at(arena, ref - 1);
 
-		if (!ref_is_valid(arena, ref) || !block_is_free(block) || block_class(block_words(block)) != class ||
-		    link_prev(block) != before ||
+		if (!ref_is_valid(arena, ref) || !block_is_free(block) ||
+		    block_class(block_words(block)) != class || link_prev(block) != before ||
 		    arena->region->chunks[arena_chunk_of(arena, ref - 1)].flags)
 			return FAULT(message, "class %u lists block %llu wrongly", class,
 				     (unsigned long long)(ref - 1));
@@ -103,8 +103,8 @@ static int check_occupancy(const struct arena *arena, uint32_t n, uint64_t *nr, 
 	uint32_t before = CHUNK_NONE;
 
 	for (uint32_t c = arena->occupancy[n]; c != CHUNK_NONE; c = chunks[c].next) {
-		if (chunks[c].state != CHUNK_USED || chunks[c].flags ||
-		    chunks[c].prev != before || chunk_occupancy(arena, &chunks[c]) != n)
+		if (chunks[c].state != CHUNK_USED || chunks[c].flags || chunks[c].prev != before ||
+		    chunk_occupancy(arena, &chunks[c]) != n)
 			return FAULT(message, "occupancy %u lists chunk %u wrongly", n, c);
 		before = c;
 		(*nr)++;
@@ -117,24 +117,24 @@ static int check_lists(const struct arena *arena, const struct census *census, c
 	uint64_t nr_free = 0, nr_listed = 0;
 	int rv = 0;
 
-	for (uint32_t class = 0; class < ARENA_NR_CLASSES && !rv; class++)
+	for (uint32_t class = 0; class < ARENA_NR_CLASSES && !rv; class ++)
 		rv = check_class(arena, class, &nr_free, message);
 	for (uint32_t n = 0; n < ARENA_NR_OCCUPANCY && !rv; n++)
 		rv = check_occupancy(arena, n, &nr_listed, message);
 	if (rv)
 		return rv;
 	if (nr_free != census->nr_free || nr_listed != census->nr_listed)
-		return FAULT(message, "lists hold %llu free blocks and %llu chunks, not %llu and %llu",
-			     (unsigned long long)nr_free, (unsigned long long)nr_listed,
-			     (unsigned long long)census->nr_free,
-			     (unsigned long long)census->nr_listed);
+		return FAULT(
+			message, "lists hold %llu free blocks and %llu chunks, not %llu and %llu",
+			(unsigned long long)nr_free, (unsigned long long)nr_listed,
+			(unsigned long long)census->nr_free, (unsigned long long)census->nr_listed);
 	return 0;
 }
 
 int arena_check(struct arena *arena, char *message)
 {
 	uint32_t touched = atomic_load(&arena->region->header->nr_chunks_touched);
-	struct census census = { 0 };
+	struct census census = {0};
 	int rv = 0;
 
 	message[0] = 0;
@@ -149,9 +149,9 @@ int arena_check(struct arena *arena, char *message)
 	}
 	if (!rv)
 		rv = check_lists(arena, &census, message);
-	if (!rv && (census.live_words != arena->live_words || census.nr_chunks != arena->nr_chunks ||
-		    census.nr_whole != arena->nr_whole ||
-		    census.punched_pages != arena->punched_pages))
+	if (!rv &&
+	    (census.live_words != arena->live_words || census.nr_chunks != arena->nr_chunks ||
+	     census.nr_whole != arena->nr_whole || census.punched_pages != arena->punched_pages))
 		rv = FAULT(message, "arena counts %llu words in %llu chunks, holds %llu in %llu",
 			   (unsigned long long)arena->live_words,
 			   (unsigned long long)arena->nr_chunks,

@@ -49,7 +49,7 @@ struct run {
 /* The desk of the one thread that compacts. */
 struct compaction {
 	uint32_t nr_sources, nr_moves;
-	uint32_t nr_taken; /* fresh chunks */
+	uint32_t nr_taken;   /* fresh chunks */
 	uint64_t live_words; /* in the sources */
 	uint64_t budget;     /* of live words */
 	uint32_t sparse;     /* live words of a chunk that is worth emptying; 0: the sparsest are */
@@ -79,7 +79,7 @@ void compaction_destroy(struct compaction *c)
 static bool add_source(struct store *store, struct compaction *c, uint32_t chunk)
 {
 	const struct chunk *entry = &store->region->chunks[chunk];
-	struct arena_block b = { .place = (uint64_t)chunk << store->region->chunk_shift };
+	struct arena_block b = {.place = (uint64_t)chunk << store->region->chunk_shift};
 
 	if (c->nr_sources == MAX_SOURCES || c->live_words + entry->live_words > c->budget ||
 	    c->nr_moves + entry->nr_blocks > MAX_MOVES || arena_isolate(&store->arena, chunk))
@@ -88,7 +88,7 @@ static bool add_source(struct store *store, struct compaction *c, uint32_t chunk
 	c->live_words += entry->live_words;
 	for (; arena_walk(&store->arena, chunk, &b) > 0; b.place += b.words)
 		if (!b.is_free)
-			c->moves[c->nr_moves++] = (struct move){ b.place, b.words, b.owner };
+			c->moves[c->nr_moves++] = (struct move){b.place, b.words, b.owner};
 	return true;
 }
 
@@ -229,7 +229,8 @@ static int move_block(struct store *store, struct compaction *c, const struct mo
 	memcpy(arena_payload(&store->arena, to), arena_payload(&store->arena, move->place),
 	       slot_length(word));
 	arena_tag(&store->arena, to)->checksum = (uint32_t)target;
-	slot_swing(slot, slot_make_block(slot_state(word), to, slot_length(word), (uint32_t)target));
+	slot_swing(slot,
+		   slot_make_block(slot_state(word), to, slot_length(word), (uint32_t)target));
 	arena_wipe(&store->arena, move->place, slot_length(word));
 	c->left = move->place + 1;
 	return 1;
@@ -291,7 +292,7 @@ static uint64_t whole_pages(const struct arena_block *b, uint64_t *first)
 /* Note the runs of whole OS pages in the free blocks of an ISOLATED chunk. Returns their pages. */
 static uint32_t find_runs(struct store *store, struct compaction *c, uint32_t chunk)
 {
-	struct arena_block b = { .place = (uint64_t)chunk << store->region->chunk_shift };
+	struct arena_block b = {.place = (uint64_t)chunk << store->region->chunk_shift};
 	uint32_t sum = 0;
 
 	for (c->nr_runs = 0; arena_walk(&store->arena, chunk, &b) > 0; b.place += b.words) {
@@ -300,7 +301,7 @@ static uint32_t find_runs(struct store *store, struct compaction *c, uint32_t ch
 
 		if (!pages)
 			continue;
-		c->runs[c->nr_runs++] = (struct run){ first * 4, pages * PAGE_BYTES };
+		c->runs[c->nr_runs++] = (struct run){first * 4, pages * PAGE_BYTES};
 		sum += (uint32_t)pages;
 	}
 	return sum;

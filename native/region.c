@@ -24,9 +24,9 @@
 #define REGION_MAGIC "zswapfs"
 #define REGION_ALIGN (2ULL << 20)
 #define REGION_MAX_ARENA_BYTES (4ULL << SLOT_PLACE_BITS)
-#define KEEPER_BATCH 256  /* chunks punched in one go */
+#define KEEPER_BATCH 256 /* chunks punched in one go */
 #define KEEPER_REFILL 16 /* chunks populated in one go: one MiB, so that waiters wait briefly */
-#define SPARE_CHUNKS 8   /* what the memory limit holds back for compaction */
+#define SPARE_CHUNKS 8	 /* what the memory limit holds back for compaction */
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -95,7 +95,7 @@ static uint64_t chunks_needed(const struct store_options *o)
 
 int region_format(int fd, const struct store_options *o)
 {
-	struct region_header h = { .magic = REGION_MAGIC };
+	struct region_header h = {.magic = REGION_MAGIC};
 
 	if (!options_valid(o))
 		return -EINVAL;
@@ -567,7 +567,7 @@ static uint64_t resident_bytes(int fd, uint64_t end)
 
 void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint64_t *reserve)
 {
-	struct stat st = { 0 };
+	struct stat st = {0};
 	uint64_t ready;
 
 	pthread_mutex_lock(&region->keeping);

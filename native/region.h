@@ -68,8 +68,8 @@ struct chunk {
 	uint16_t live_words; /* USED: words in allocated blocks, headers included */
 	uint16_t nr_blocks;  /* USED: allocated blocks */
 	uint8_t state;
-	uint8_t flags;	     /* USED: CHUNK_ISOLATED, CHUNK_PUNCHED */
-	uint16_t punched;    /* USED: OS pages that went back from within free blocks */
+	uint8_t flags;	  /* USED: CHUNK_ISOLATED, CHUNK_PUNCHED */
+	uint16_t punched; /* USED: OS pages that went back from within free blocks */
 };
 
 /* A USED chunk is in one of the arena's lists unless it is ISOLATED; its free blocks are in free
@@ -96,11 +96,11 @@ struct region {
 	uint32_t ready, holes; /* heads of lists */
 	uint32_t stale;	       /* likewise: free, but not populated throughout */
 	uint32_t nr_ready, nr_used;
-	uint32_t reserve;   /* READY chunks to hold */
-	uint32_t max_used;  /* cap on USED chunks */
-	uint32_t spare;	    /* of these, the last ones only for compaction */
-	int refill_error;   /* of the last try to populate, 0 when it went well */
-	uint32_t held; /* while compaction runs: READY chunks above the reserve that may stay */
+	uint32_t reserve;  /* READY chunks to hold */
+	uint32_t max_used; /* cap on USED chunks */
+	uint32_t spare;	   /* of these, the last ones only for compaction */
+	int refill_error;  /* of the last try to populate, 0 when it went well */
+	uint32_t held;	   /* while compaction runs: READY chunks above the reserve that may stay */
 	bool stop;
 	pthread_t keeper;
 };

@@ -105,8 +105,7 @@ static inline uint8_t slot_crc8(uint8_t crc, uint64_t bits, int nr_bytes)
 static inline uint64_t slot_seal(uint64_t fields, uint64_t target)
 {
 	/* Closing the gap of lock and age leaves 53 + 64 bits, below the CRC's 119. */
-	uint64_t packed = (fields & SLOT_STATE_MASK) |
-			  ((fields & SLOT_FIELDS) >> 3 & ~7ULL);
+	uint64_t packed = (fields & SLOT_STATE_MASK) | ((fields & SLOT_FIELDS) >> 3 & ~7ULL);
 	uint8_t crc = slot_crc8(slot_crc8(0, packed, 7), target, 8);
 
 	return (fields & SLOT_FIELDS) | (uint64_t)crc << SLOT_CHECK_SHIFT;

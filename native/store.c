@@ -21,7 +21,8 @@ static int store_open(struct store **out, int fd)
 	rv = region_map(&store->region, fd);
 	if (rv)
 		goto out_free;
-	store->scratch = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	store->scratch =
+		mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (store->scratch == MAP_FAILED) {
 		rv = -ENOMEM;
 		goto out_region;
@@ -234,7 +235,7 @@ void store_stage(struct scratch *s, uint32_t i, const void *page)
 {
 	struct staged *staged = &s->staged[i];
 
-	*staged = (struct staged){ .state = SLOT_STATE_RAW, .length = PAGE_BYTES, .payload = page };
+	*staged = (struct staged){.state = SLOT_STATE_RAW, .length = PAGE_BYTES, .payload = page};
 	if (codec_same_filled(page, &staged->value)) {
 		bool fits = staged->value >> SLOT_VALUE_BITS == 0;
 
@@ -266,8 +267,8 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 		int rv = 0;
 
 		if (staged_has_block(staged))
-			rv = arena_alloc(&store->arena, staged->length, (uint32_t)(index + i), false,
-					 &staged->place);
+			rv = arena_alloc(&store->arena, staged->length, (uint32_t)(index + i),
+					 false, &staged->place);
 		if (rv == -EAGAIN) {
 			arena_unlock(&store->arena);
 			rv = region_wait_ready(store->region, false);
@@ -296,9 +297,8 @@ static void fill_block(struct store *store, struct staged *staged, uint64_t inde
 	if (staged->state == SLOT_STATE_WORD0) {
 		if (slot_state(old) == SLOT_STATE_WORD0)
 			staged->state = SLOT_STATE_WORD1;
-		atomic_store_explicit(
-			&store->region->words[slot_word_at(index, staged->state)],
-			staged->value, memory_order_relaxed);
+		atomic_store_explicit(&store->region->words[slot_word_at(index, staged->state)],
+				      staged->value, memory_order_relaxed);
 		staged->word = slot_seal(staged->state, staged->value);
 		return;
 	}

@@ -46,11 +46,11 @@ struct store {
 	struct region *region;
 	struct arena arena;
 	uint64_t nr_pages;
-	struct scratch *scratch; /* REGION_NR_COUNTERS of them */
+	struct scratch *scratch;    /* REGION_NR_COUNTERS of them */
 	pthread_mutex_t compacting; /* outermost of all locks */
 	struct compaction *compaction;
 	/* Under arena.lock: see store_watch(). */
-	int watch_fd; /* -1: nobody watches */
+	int watch_fd;	      /* -1: nobody watches */
 	uint64_t watch_words; /* tell when arena.freed_words gets here */
 };
 

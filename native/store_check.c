@@ -116,7 +116,7 @@ static int check_owners(struct store *store, uint64_t nr_blocks, char *message)
 	uint64_t nr = store->arena.nr_whole;
 
 	for (uint32_t c = 0; c < touched; c++) {
-		struct arena_block b = { .place = (uint64_t)c << region->chunk_shift };
+		struct arena_block b = {.place = (uint64_t)c << region->chunk_shift};
 
 		if (region->chunks[c].state != CHUNK_USED)
 			continue;
@@ -153,7 +153,7 @@ static int check_gauges(struct store *store, const struct counters *tally, char 
 
 int store_check(struct store *store, char *message)
 {
-	struct tally tally = { 0 };
+	struct tally tally = {0};
 	int rv = arena_check(&store->arena, message);
 
 	for_each_touched(store, index) {
@@ -182,7 +182,8 @@ static bool claims_block(const struct store *store, uint64_t index, uint64_t wor
 	    place >> store->region->chunk_shift >=
 		    atomic_load(&store->region->header->nr_chunks_touched))
 		return false;
-	if (whole && store->region->chunks[place >> store->region->chunk_shift].state != CHUNK_WHOLE)
+	if (whole &&
+	    store->region->chunks[place >> store->region->chunk_shift].state != CHUNK_WHOLE)
 		return false;
 	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
 }
@@ -222,9 +223,9 @@ static void collect_claims(struct store *store, struct arena_claim *claims, uint
 
 		if (claims_block(store, index, word))
 			claims[ends[slot_place(word) >> store->region->chunk_shift]++] =
-				(struct arena_claim){ .place = slot_place(word),
-						      .bytes = slot_length(word),
-						      .owner = (uint32_t)index };
+				(struct arena_claim){.place = slot_place(word),
+						     .bytes = slot_length(word),
+						     .owner = (uint32_t)index};
 	}
 }
 

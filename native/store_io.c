@@ -22,7 +22,7 @@ struct span {
 
 static struct span first_span(uint64_t offset, uint64_t length)
 {
-	struct span span = { .index = offset / PAGE_BYTES, .from = (uint32_t)(offset % PAGE_BYTES) };
+	struct span span = {.index = offset / PAGE_BYTES, .from = (uint32_t)(offset % PAGE_BYTES)};
 
 	if (span.from == 0 && length >= PAGE_BYTES) {
 		span.nr_pages = length / PAGE_BYTES;
@@ -100,8 +100,8 @@ int64_t store_pread(struct store *store, uint64_t offset, uint64_t length, void 
 	while (done < length) {
 		struct span span = first_span(offset + done, length - done);
 		void *to = (char *)bytes + done;
-		int64_t rv = span.nr_pages ? store_read(store, span.index, span.nr_pages, to) :
-					     read_part(store, &span, to);
+		int64_t rv = span.nr_pages ? store_read(store, span.index, span.nr_pages, to)
+					   : read_part(store, &span, to);
 
 		if (rv < 0)
 			return rv;

@@ -64,7 +64,7 @@ static void end(struct fuse_switch *sw, int error)
 static ssize_t read_request(struct lane *lane)
 {
 	struct fuse_switch *sw = lane->sw;
-	struct pollfd poll_fd = { .fd = sw->options.fuse_fd, .events = POLLIN };
+	struct pollfd poll_fd = {.fd = sw->options.fuse_fd, .events = POLLIN};
 
 	for (;;) {
 		ssize_t n = read(poll_fd.fd, lane->in, switch_request_bytes(sw));
@@ -142,9 +142,9 @@ static void *relay_main(void *arg)
 	while (!atomic_load(&sw->stopping)) {
 		bool full = alive && backlog_send(sw);
 		struct pollfd fds[2] = {
-			{ .fd = sw->wake_fd, .events = POLLIN },
-			{ .fd = alive ? sw->options.socket_fd : -1,
-			  .events = (short)(POLLIN | (full ? POLLOUT : 0)) },
+			{.fd = sw->wake_fd, .events = POLLIN},
+			{.fd = alive ? sw->options.socket_fd : -1,
+			 .events = (short)(POLLIN | (full ? POLLOUT : 0))},
 		};
 		eventfd_t woken;
 

@@ -53,11 +53,11 @@ struct fuse_switch {
 	pthread_mutex_t token;
 	uint64_t last_us; /* when the last request came; under the token */
 	_Atomic bool stopping;
-	_Atomic int error;	   /* of what ended it, 0: unmounted */
-	_Atomic bool ready;	   /* INIT is answered */
+	_Atomic int error;	      /* of what ended it, 0: unmounted */
+	_Atomic bool ready;	      /* INIT is answered */
 	_Atomic uint64_t init_unique; /* of the INIT that pyfuse3 has, 0: none */
 	_Atomic uint32_t init_flags;  /* what the kernel offered */
-	int wake_fd;		   /* eventfd: the relay has something to look at */
+	int wake_fd;		      /* eventfd: the relay has something to look at */
 	struct backlog backlog;
 	char *relay_buffer;
 	pthread_t relay;

@@ -28,8 +28,7 @@ bool switch_is_long(const char *message, size_t length)
 		return false;
 	if (in->opcode == FUSE_WRITE || in->opcode == FUSE_FALLOCATE)
 		return true;
-	return in->opcode == FUSE_READ &&
-	       length >= sizeof(*in) + sizeof(struct fuse_read_in) &&
+	return in->opcode == FUSE_READ && length >= sizeof(*in) + sizeof(struct fuse_read_in) &&
 	       ((const struct fuse_read_in *)arguments(message))->size > SHORT_BYTES;
 }
 
@@ -77,7 +76,7 @@ static int serve_write(struct lane *lane, const struct fuse_write_in *in, size_t
 	rv = store_pwrite(lane->sw->store, in->offset, in->size, in + 1);
 	if (rv < 0)
 		return (int)rv;
-	*out = (struct fuse_write_out){ .size = (uint32_t)rv };
+	*out = (struct fuse_write_out){.size = (uint32_t)rv};
 	*bytes = sizeof(*out);
 	return 0;
 }
@@ -185,7 +184,8 @@ bool backlog_send(struct fuse_switch *sw)
 
 		ring_copy_out(b, &nr, sizeof(nr));
 		ring_copy_out(b, sw->relay_buffer, nr);
-		if (send(sw->options.socket_fd, sw->relay_buffer, nr, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 &&
+		if (send(sw->options.socket_fd, sw->relay_buffer, nr, MSG_DONTWAIT | MSG_NOSIGNAL) <
+			    0 &&
 		    (errno == EAGAIN || errno == EINTR || errno == ENOBUFS)) {
 			b->head = head;
 			b->used = used;
@@ -276,7 +276,7 @@ size_t switch_change_init(const struct fuse_switch *sw, char *reply, size_t leng
 	init->congestion_threshold = MAX_BACKGROUND * 3 / 4;
 	init->max_write = request;
 	/* Truncation arrives as SETATTR, where it is refused; nothing of the file is cached. */
-	init->flags &= (uint32_t)~(FUSE_ATOMIC_O_TRUNC | FUSE_WRITEBACK_CACHE);
+	init->flags &= (uint32_t) ~(FUSE_ATOMIC_O_TRUNC | FUSE_WRITEBACK_CACHE);
 	init->flags |= offered & (FUSE_ASYNC_DIO | FUSE_MAX_PAGES | FUSE_BIG_WRITES);
 	if (init->flags & FUSE_MAX_PAGES)
 		init->max_pages = (uint16_t)(request / PAGE_BYTES);

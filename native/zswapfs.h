@@ -192,11 +192,11 @@ int store_get_stats(struct store *store, struct store_stats *out);
 int64_t store_stored(struct store *store, uint64_t index, void *bytes, uint32_t *state);
 
 struct switch_options {
-	int fuse_fd;		    /* /dev/fuse, mounted, O_NONBLOCK */
-	int socket_fd;		    /* our end of pyfuse3's SOCK_SEQPACKET pair */
-	int end_fd;		    /* eventfd: 1 is added when the kernel has unmounted */
-	uint32_t nr_lanes;	    /* 1 to 64 */
-	uint32_t spin_us;	    /* how long a lane polls after its last request before it sleeps */
+	int fuse_fd;	   /* /dev/fuse, mounted, O_NONBLOCK */
+	int socket_fd;	   /* our end of pyfuse3's SOCK_SEQPACKET pair */
+	int end_fd;	   /* eventfd: 1 is added when the kernel has unmounted */
+	uint32_t nr_lanes; /* 1 to 64 */
+	uint32_t spin_us;  /* how long a lane polls after its last request before it sleeps */
 	uint32_t max_request_bytes; /* max_write and max_read; multiple of PAGE_BYTES, <= 1 MiB */
 	uint64_t swap_inode;	    /* node id of the swap file */
 };
