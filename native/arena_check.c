@@ -138,6 +138,7 @@ int arena_check(struct arena *arena, char *message)
 	int rv = 0;
 
 	message[0] = 0;
+	pthread_mutex_lock(&arena->region->keeping); /* READY and HOLE chunks are the keeper's */
 	arena_lock(arena);
 	for (uint32_t c = 0; c < touched && !rv; c++) {
 		enum chunk_state state = arena->region->chunks[c].state;
@@ -158,5 +159,6 @@ int arena_check(struct arena *arena, char *message)
 			   (unsigned long long)census.live_words,
 			   (unsigned long long)census.nr_chunks);
 	arena_unlock(arena);
+	pthread_mutex_unlock(&arena->region->keeping);
 	return rv;
 }

@@ -161,8 +161,10 @@ int store_check(struct store *store, char *message)
 			break;
 		rv = check_slot(store, index, &tally, message);
 	}
+	pthread_mutex_lock(&store->region->keeping);
 	if (!rv)
 		rv = check_owners(store, tally.nr_blocks, message);
+	pthread_mutex_unlock(&store->region->keeping);
 	if (!rv)
 		rv = check_gauges(store, &tally.counters, message);
 	return rv;
