@@ -68,6 +68,8 @@ static int change_part(struct store *store, const struct span *span, const void 
 	if (rv) {
 		slot_unlock(slot);
 		counter_add(&s->counters->failed_reads, 1);
+	} else if (!bytes && slot_state(s->old[0]) == SLOT_STATE_EMPTY) {
+		slot_unlock(slot); /* it reads as zeroes already */
 	} else {
 		if (bytes)
 			memcpy(s->page + span->from, bytes, span->bytes);
