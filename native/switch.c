@@ -1,6 +1,11 @@
 /* SPDX-License-Identifier: MIT
  *
- * switch - lanes and relay: their threads, from start to unmount; see switch.h
+ * switch - lanes and their token, from start to unmount; see switch.h
+ *
+ * Memory, one mapping, touched ahead, not in core dumps, not copied to children (a child's copy
+ * would make the next touch of a lane a fault that needs memory):
+ *
+ *   | ring | reply | lane 0: 4016 free, headers (80) | payload | lane 1: ... |
  */
 #define _GNU_SOURCE
 #include "switch.h"
@@ -13,13 +18,13 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
-#define MAX_LANES 64
-#define MAX_REQUEST_BYTES (1U << 20)
 #define STACK_BYTES (256U << 10)
+#define TOUCHED_STACK_BYTES (64U << 10) /* the store's deepest call takes less than 4 KiB */
+#define MIN_RING_BYTES (1U << 20)
+#define SPIN_PAUSES 16 /* some 0.3 us between reads that take 0.3 us each */
 
 static uint64_t now_us(void)
 {
@@ -29,251 +34,244 @@ static uint64_t now_us(void)
 	return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
 }
 
-static void *map_memory(size_t bytes)
+static void cpu_relax(void)
 {
-	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-			MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-
-	if (at == MAP_FAILED)
-		return NULL;
-	madvise(at, bytes, MADV_DONTDUMP);
-	return at;
+	for (int i = 0; i < SPIN_PAUSES; i++)
+#if defined(__x86_64__) || defined(__i386__)
+		__builtin_ia32_pause();
+#elif defined(__aarch64__)
+		__asm__ volatile("isb");
+#else
+		__asm__ volatile("");
+#endif
 }
 
-static size_t lane_bytes(const struct fuse_switch *sw)
+/*
+ * Nothing to read: look again soon, or sleep. The clock starts at the first miss after a request,
+ * so that requests that follow each other closely do not ask for the time at all.
+ */
+static void wait_for_request(const struct fuse_switch *sw, uint64_t *sleep_at)
 {
-	return 2 * (PAGE_BYTES + (size_t)sw->options.max_request_bytes);
+	struct pollfd fd = {.fd = sw->options.fuse_fd, .events = POLLIN};
+	uint64_t now = now_us();
+
+	if (!*sleep_at)
+		*sleep_at = now + sw->options.spin_us;
+	if (now < *sleep_at)
+		cpu_relax();
+	else
+		poll(&fd, 1, -1);
 }
 
-static size_t relay_bytes(void)
+/* Context: holds the token. Return: length of the message, -errno of the end. */
+static ssize_t lane_read(struct lane *lane)
 {
-	return BACKLOG_BYTES + PAGE_BYTES;
-}
-
-/* The end of serving, whatever brought it; the first caller's reason counts. */
-static void end(struct fuse_switch *sw, int error)
-{
-	if (atomic_exchange(&sw->stopping, true))
-		return;
-	atomic_store(&sw->error, error);
-	eventfd_write(sw->wake_fd, 1);
-	eventfd_write(sw->options.end_fd, 1);
-}
-
-/* With the token: the next request. Return: its length, or -errno of the end. */
-static ssize_t read_request(struct lane *lane)
-{
-	struct fuse_switch *sw = lane->sw;
-	struct pollfd poll_fd = {.fd = sw->options.fuse_fd, .events = POLLIN};
+	const struct fuse_switch *sw = lane->sw;
+	uint64_t sleep_at = 0;
 
 	for (;;) {
-		ssize_t n = read(poll_fd.fd, lane->in, switch_request_bytes(sw));
-		uint64_t now = now_us();
+		ssize_t n = read(sw->options.fuse_fd, lane->message, sw->message_bytes);
 
-		if (n > 0) {
-			sw->last_us = now;
+		if (n > 0)
 			return n;
-		}
+		/* /dev/fuse never ends like this; a socket in its place does. */
 		if (n == 0)
 			return -ENODEV;
-		/* ENOENT: the request was given up while it was read. */
-		if (errno == EINTR || errno == ENOENT)
-			continue;
-		if (errno != EAGAIN)
+		if (errno == EAGAIN)
+			wait_for_request(sw, &sleep_at);
+		else if (errno != EINTR && errno != ENOENT) /* ENOENT: given up while read */
 			return -errno;
-		if (now - sw->last_us >= sw->options.spin_us)
-			poll(&poll_fd, 1, -1);
 	}
 }
 
-static void *lane_main(void *arg)
+static void __attribute__((noinline)) touch_stack(void)
+{
+	volatile uint8_t stack[TOUCHED_STACK_BYTES];
+
+	for (size_t i = 0; i < sizeof(stack); i += 1024)
+		stack[i] = 0;
+}
+
+static void *lane_run(void *arg)
 {
 	struct lane *lane = arg;
 	struct fuse_switch *sw = lane->sw;
 
+	touch_stack();
 	pthread_mutex_lock(&sw->token);
-	while (!atomic_load(&sw->stopping)) {
-		ssize_t n = read_request(lane);
-		bool is_long;
+	while (!sw->ended) {
+		ssize_t n = lane_read(lane);
+		struct request request;
 
 		if (n < 0) {
-			end(sw, n == -ENODEV ? 0 : (int)n);
+			sw->ended = true;
+			sw->error = n == -ENODEV ? 0 : (int)n;
+			eventfd_write(sw->options.end_fd, 1);
 			break;
 		}
-		is_long = switch_is_long(lane->in, (size_t)n);
-		if (is_long)
+		request_parse(sw, lane->message, (size_t)n, &request);
+		if (request_is_long(&request)) {
 			pthread_mutex_unlock(&sw->token);
-		switch_serve(lane, (size_t)n);
-		if (is_long)
+			request_serve(lane, &request);
 			pthread_mutex_lock(&sw->token);
+		} else {
+			request_serve(lane, &request);
+		}
 	}
 	pthread_mutex_unlock(&sw->token);
 	return NULL;
 }
 
-/* One reply of pyfuse3's to the kernel. Return: false when pyfuse3 is gone. */
-static bool relay_reply(struct fuse_switch *sw)
+static bool options_are_valid(const struct switch_options *o)
 {
-	const struct fuse_out_header *out = (const struct fuse_out_header *)sw->relay_buffer;
-	ssize_t n = recv(sw->options.socket_fd, sw->relay_buffer, relay_bytes(), MSG_DONTWAIT);
-	ssize_t rv;
-	bool is_init;
-
-	if (n <= 0)
-		return n < 0 && (errno == EAGAIN || errno == EINTR);
-	if ((size_t)n < sizeof(*out))
-		return true;
-	is_init = out->unique && out->unique == atomic_load(&sw->init_unique);
-	if (is_init)
-		n = (ssize_t)switch_change_init(sw, sw->relay_buffer, (size_t)n);
-	do
-		rv = write(sw->options.fuse_fd, sw->relay_buffer, (size_t)n);
-	while (rv < 0 && errno == EINTR);
-	if (is_init && rv == n && !out->error)
-		atomic_store(&sw->ready, true);
-	return true;
+	return o->nr_lanes >= 1 && o->nr_lanes <= SWITCH_MAX_LANES &&
+	       o->max_request_bytes >= PAGE_BYTES &&
+	       o->max_request_bytes <= SWITCH_MAX_REQUEST_BYTES &&
+	       o->max_request_bytes % PAGE_BYTES == 0;
 }
 
-static void *relay_main(void *arg)
+/* Room for any message that is queued alone; a power of two. */
+static uint64_t ring_bytes(uint64_t message_bytes)
 {
-	struct fuse_switch *sw = arg;
-	bool alive = true;
+	uint64_t bytes = MIN_RING_BYTES;
 
-	while (!atomic_load(&sw->stopping)) {
-		bool full = alive && backlog_send(sw);
-		struct pollfd fds[2] = {
-			{.fd = sw->wake_fd, .events = POLLIN},
-			{.fd = alive ? sw->options.socket_fd : -1,
-			 .events = (short)(POLLIN | (full ? POLLOUT : 0))},
-		};
-		eventfd_t woken;
+	while (bytes < 2 * message_bytes)
+		bytes *= 2;
+	return bytes;
+}
 
-		poll(fds, 2, -1);
-		if (fds[0].revents)
-			eventfd_read(sw->wake_fd, &woken);
-		if (fds[1].revents & (POLLIN | POLLHUP | POLLERR))
-			alive = relay_reply(sw);
+static int map_memory(struct fuse_switch *sw)
+{
+	uint32_t nr_lanes = sw->options.nr_lanes;
+	uint64_t payload_bytes = sw->options.max_request_bytes;
+	uint64_t lane_bytes;
+
+	if (payload_bytes < FUSE_MIN_READ_BUFFER)
+		payload_bytes = FUSE_MIN_READ_BUFFER;
+	lane_bytes = PAGE_BYTES + payload_bytes;
+	sw->message_bytes = PAYLOAD_AT + payload_bytes;
+	sw->ring.size = ring_bytes(sw->message_bytes);
+	sw->memory_bytes = sw->ring.size + lane_bytes * (nr_lanes + 1);
+	sw->memory = mmap(NULL, sw->memory_bytes, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (sw->memory == MAP_FAILED) {
+		sw->memory = NULL;
+		return -ENOMEM;
 	}
-	return NULL;
+	madvise(sw->memory, sw->memory_bytes, MADV_DONTDUMP);
+	madvise(sw->memory, sw->memory_bytes, MADV_DONTFORK);
+	sw->ring.bytes = sw->memory;
+	sw->reply = sw->memory + sw->ring.size;
+	for (uint32_t i = 0; i < nr_lanes; i++) {
+		sw->lanes[i].sw = sw;
+		sw->lanes[i].message = sw->reply + (i + 1) * lane_bytes + PAGE_BYTES - PAYLOAD_AT;
+	}
+	return 0;
 }
 
-static int start_thread(pthread_t *thread, void *(*main)(void *), void *arg, const char *name)
+int switch_create(struct fuse_switch **out, struct store *store,
+		  const struct switch_options *options)
+{
+	size_t bytes = sizeof(struct fuse_switch) + options->nr_lanes * sizeof(struct lane);
+	struct store_stats stats;
+	struct fuse_switch *sw;
+	int rv;
+
+	if (!options_are_valid(options))
+		return -EINVAL;
+	sw = aligned_alloc(_Alignof(struct fuse_switch), bytes);
+	if (!sw)
+		return -ENOMEM;
+	memset(sw, 0, bytes);
+	sw->store = store;
+	sw->options = *options;
+	store_get_stats(store, &stats);
+	sw->file_bytes = stats.nr_pages * PAGE_BYTES;
+	pthread_mutex_init(&sw->token, NULL);
+	sw->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	rv = sw->wake_fd < 0 ? -errno : map_memory(sw);
+	if (rv)
+		switch_destroy(sw);
+	else
+		*out = sw;
+	return rv;
+}
+
+void switch_destroy(struct fuse_switch *sw)
+{
+	if (sw->memory)
+		munmap(sw->memory, sw->memory_bytes);
+	if (sw->wake_fd >= 0)
+		close(sw->wake_fd);
+	pthread_mutex_destroy(&sw->token);
+	free(sw);
+}
+
+static int start_thread(pthread_t *out, void *(*run)(void *), void *arg, const char *name)
 {
 	pthread_attr_t attr;
 	sigset_t all, old;
 	int rv;
 
+	sigfillset(&all);
 	pthread_attr_init(&attr);
 	pthread_attr_setstacksize(&attr, STACK_BYTES);
-	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
-	rv = pthread_create(thread, &attr, main, arg);
+	rv = pthread_create(out, &attr, run, arg);
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	pthread_attr_destroy(&attr);
-	if (rv)
-		return -EAGAIN;
-	pthread_setname_np(*thread, name);
-	return 0;
+	if (!rv)
+		pthread_setname_np(*out, name);
+	return -rv;
 }
 
-static void free_switch(struct fuse_switch *sw)
+static void join_threads(struct fuse_switch *sw, uint32_t nr_lanes)
 {
-	for (uint32_t i = 0; i < sw->options.nr_lanes; i++)
-		if (sw->lanes[i].memory)
-			munmap(sw->lanes[i].memory, lane_bytes(sw));
-	if (sw->backlog.ring)
-		munmap(sw->backlog.ring, BACKLOG_BYTES);
-	if (sw->relay_buffer)
-		munmap(sw->relay_buffer, relay_bytes());
-	if (sw->wake_fd >= 0)
-		close(sw->wake_fd);
-	pthread_mutex_destroy(&sw->token);
-	pthread_mutex_destroy(&sw->backlog.lock);
-	free(sw);
-}
-
-/* The content of a WRITE or READ follows headers of 80 and 16 bytes. */
-static int prepare_lane(struct fuse_switch *sw, struct lane *lane)
-{
-	size_t half = lane_bytes(sw) / 2;
-
-	lane->sw = sw;
-	lane->memory = map_memory(2 * half);
-	if (!lane->memory)
-		return -ENOMEM;
-	lane->in = lane->memory + PAGE_BYTES - sizeof(struct fuse_in_header) -
-		   sizeof(struct fuse_write_in);
-	lane->out = lane->memory + half + PAGE_BYTES - sizeof(struct fuse_out_header);
-	return 0;
-}
-
-static int prepare(struct fuse_switch *sw)
-{
-	int rv = 0;
-
-	sw->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	sw->backlog.ring = map_memory(BACKLOG_BYTES);
-	sw->relay_buffer = map_memory(relay_bytes());
-	if (sw->wake_fd < 0 || !sw->backlog.ring || !sw->relay_buffer)
-		return -ENOMEM;
-	for (uint32_t i = 0; i < sw->options.nr_lanes && !rv; i++)
-		rv = prepare_lane(sw, &sw->lanes[i]);
-	return rv;
-}
-
-static void join_lanes(struct fuse_switch *sw, uint32_t nr)
-{
-	for (uint32_t i = 0; i < nr; i++)
+	for (uint32_t i = 0; i < nr_lanes; i++)
 		pthread_join(sw->lanes[i].thread, NULL);
+	/* Only now: until here pyfuse3 has somebody who takes its replies, and cannot hang. */
+	atomic_store(&sw->relay_stop, true);
+	eventfd_write(sw->wake_fd, 1);
+	pthread_join(sw->relay, NULL);
 }
 
-static bool options_valid(const struct switch_options *o)
+/* Nobody reads before all are there: a start that fails has taken no request. */
+static int start_threads(struct fuse_switch *sw)
 {
-	return o->nr_lanes >= 1 && o->nr_lanes <= MAX_LANES && o->max_request_bytes >= PAGE_BYTES &&
-	       o->max_request_bytes <= MAX_REQUEST_BYTES && o->max_request_bytes % PAGE_BYTES == 0;
+	uint32_t nr = 0;
+	char name[16];
+	int rv = start_thread(&sw->relay, relay_run, sw, "zs-relay");
+
+	if (rv)
+		return rv;
+	pthread_mutex_lock(&sw->token);
+	while (nr < sw->options.nr_lanes) {
+		snprintf(name, sizeof(name), "zs-lane/%u", nr % SWITCH_MAX_LANES);
+		rv = start_thread(&sw->lanes[nr].thread, lane_run, &sw->lanes[nr], name);
+		if (rv)
+			break;
+		nr++;
+	}
+	sw->ended = rv != 0;
+	pthread_mutex_unlock(&sw->token);
+	if (rv)
+		join_threads(sw, nr);
+	return rv;
 }
 
 int switch_start(struct fuse_switch **out, struct store *store,
 		 const struct switch_options *options)
 {
 	struct fuse_switch *sw;
-	uint32_t started = 0;
-	char name[24];
-	int rv;
+	int rv = switch_create(&sw, store, options);
 
-	if (!options_valid(options))
-		return -EINVAL;
-	sw = calloc(1, sizeof(*sw) + options->nr_lanes * sizeof(struct lane));
-	if (!sw)
-		return -ENOMEM;
-	sw->store = store;
-	sw->options = *options;
-	pthread_mutex_init(&sw->token, NULL);
-	pthread_mutex_init(&sw->backlog.lock, NULL);
-	rv = prepare(sw);
-	if (!rv)
-		rv = start_thread(&sw->relay, relay_main, sw, "zs-relay");
 	if (rv)
-		goto out_free;
-	/* Nobody reads before all lanes are there, so that a failure has eaten no request. */
-	pthread_mutex_lock(&sw->token);
-	for (; started < options->nr_lanes && !rv; started += !rv) {
-		snprintf(name, sizeof(name), "zs-lane/%u", started);
-		rv = start_thread(&sw->lanes[started].thread, lane_main, &sw->lanes[started], name);
-	}
-	if (rv) {
-		atomic_store(&sw->stopping, true);
-		eventfd_write(sw->wake_fd, 1);
-	}
-	pthread_mutex_unlock(&sw->token);
-	if (!rv) {
+		return rv;
+	rv = start_threads(sw);
+	if (rv)
+		switch_destroy(sw);
+	else
 		*out = sw;
-		return 0;
-	}
-	join_lanes(sw, started);
-	pthread_join(sw->relay, NULL);
-out_free:
-	free_switch(sw);
 	return rv;
 }
 
@@ -284,11 +282,10 @@ int switch_ready(const struct fuse_switch *sw)
 
 int switch_join(struct fuse_switch *sw)
 {
-	int error;
+	int rv;
 
-	join_lanes(sw, sw->options.nr_lanes);
-	pthread_join(sw->relay, NULL);
-	error = atomic_load(&sw->error);
-	free_switch(sw);
-	return error;
+	join_threads(sw, sw->options.nr_lanes);
+	rv = sw->error;
+	switch_destroy(sw);
+	return rv;
 }

@@ -1,22 +1,33 @@
 /* SPDX-License-Identifier: MIT
  *
- * switch - native code is the only reader of /dev/fuse; pyfuse3 sits behind it
+ * switch - /dev/fuse on one side, pyfuse3's socket on the other; the insides, for switch*.c, tests
+ * and fuzzers
  *
- *   /dev/fuse --> lanes --> READ, WRITE, FALLOCATE, FSYNC of the swap file: store, reply
- *                   |
- *                   +-----> all else: send() --> pyfuse3
- *   /dev/fuse <-- relay <----------------------- pyfuse3's replies
+ *                                 page requests
+ *               .-> lanes ------------------------------> store
+ *   /dev/fuse --+    |  answer at once
+ *       ^       |    | anything else
+ *       |       |   ring
+ *       |       |    v
+ *       '------ relay <--- socket, SOCK_SEQPACKET ---> pyfuse3
  *
- * Exactly one lane reads at a time: the holder of the token. It serves a short request while it
- * keeps the token, so that nobody is woken for it; before a long one it gives the token away, and
- * a parked lane reads on. Parked lanes sleep on the token, not in poll(): no request wakes more
- * than one thread.
+ * A page request is READ, WRITE, FALLOCATE or FSYNC of the swap file. switch_request.c says what
+ * happens to each opcode, README.md has the table.
  *
- * A lane never waits for Python. What the socket does not take goes to the backlog, which the
- * relay drains; what the backlog does not take is answered EAGAIN.
+ * The token: whoever holds it is the only reader of /dev/fuse and the only producer of the ring.
+ * It serves a short request while holding it, so that nobody is woken for that one. Before a long
+ * one it gives the token away, which wakes one parked lane. Parked lanes sleep on the token and
+ * never in poll(), so an arriving request wakes one thread at the most.
  *
- * Locks: the token, or none, then backlog.lock. No lock is held while the store is called but the
- * token, which nobody inside the store wants.
+ * What always holds:
+ * - A page request waits for the store and for nothing else: not for Python, not for the relay.
+ * - The lanes ask the OS for no memory. Even the kernel memory of a message in the socket is asked
+ *   for by the relay, so that a lane cannot end up in reclaim, which may wait for lanes.
+ * - A request that is not page I/O reaches pyfuse3 whole, once, in the kernel's order, or is
+ *   answered here; every request that wants an answer gets one.
+ * - Replies go through the relay in pyfuse3's order; only INIT's is changed.
+ *
+ * Locks: the token is the only one. The store's locks nest inside it (short requests).
  */
 #ifndef SWITCH_H
 #define SWITCH_H
@@ -26,71 +37,165 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
-#include "store.h"
+#include "zswapfs.h"
 
-#define BACKLOG_BYTES (1U << 20)
+#define SWITCH_MAX_LANES 64
+#define SWITCH_MAX_REQUEST_BYTES (1U << 20)
 
-/* Messages for pyfuse3 that its socket had no room for; a ring of (length, bytes). */
-struct backlog {
-	pthread_mutex_t lock;
-	char *ring; /* BACKLOG_BYTES */
-	size_t head, used;
-	_Atomic bool filled;
+/* Where the content of a WRITE begins in its message. A READ's answer uses the same memory. */
+#define PAYLOAD_AT (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in))
+#define INIT_REPLY_BYTES (sizeof(struct fuse_out_header) + sizeof(struct fuse_init_out))
+#define SAVED_INIT_BYTES 256 /* Linux 6.18 sends 104 */
+
+/* Messages on their way from the lanes to pyfuse3, each at a multiple of 8 bytes and as long as
+ * its header says. One producer (the token's holder), one consumer (the relay). */
+struct ring {
+	uint8_t *bytes;
+	uint64_t size; /* a power of two */
+	/* Bytes ever put in and ever taken out; each written by its own side only. */
+	_Atomic uint64_t head __attribute__((aligned(64)));
+	_Atomic uint64_t tail __attribute__((aligned(64)));
 };
 
+/* A cache line of its own, so that counters can join it (heartbeats). */
 struct lane {
 	struct fuse_switch *sw;
+	/* The request. message + PAYLOAD_AT is at an OS page's start, so that the kernel copies
+	 * page to page. */
+	uint8_t *message;
 	pthread_t thread;
-	char *memory;
-	char *in;  /* a request; the content of a WRITE lies on a page boundary */
-	char *out; /* a reply; the content of a READ lies on a page boundary */
-};
+} __attribute__((aligned(64)));
 
 struct fuse_switch {
 	struct store *store;
 	struct switch_options options;
+	uint64_t file_bytes;
+	uint64_t message_bytes; /* room behind lane->message, and for the relay's replies */
+	int wake_fd;		/* eventfd: the ring has something, or the relay shall stop */
+
 	pthread_mutex_t token;
-	uint64_t last_us; /* when the last request came; under the token */
-	_Atomic bool stopping;
-	_Atomic int error;	      /* of what ended it, 0: unmounted */
-	_Atomic bool ready;	      /* INIT is answered */
-	_Atomic uint64_t init_unique; /* of the INIT that pyfuse3 has, 0: none */
-	_Atomic uint32_t init_flags;  /* what the kernel offered */
-	int wake_fd;		      /* eventfd: the relay has something to look at */
-	struct backlog backlog;
-	char *relay_buffer;
+	/* Under the token. */
+	bool ended;
+	int error; /* what ended it: 0 (unmounted) or -errno */
+
+	/* Written once, under the token, before init_unique is. */
+	uint32_t init_offered; /* fuse_init_in.flags */
+	uint32_t init_bytes;   /* 0: none yet */
+	uint8_t init[SAVED_INIT_BYTES];
+	_Atomic uint64_t init_unique; /* INIT that pyfuse3 has to answer; 0: none */
+	_Atomic bool ready;
+
+	struct ring ring;
+	uint8_t *reply; /* the relay's */
 	pthread_t relay;
+	_Atomic bool relay_stop;
+	_Atomic bool python_gone;
+
+	uint8_t *memory; /* reply, ring and the lanes' messages */
+	size_t memory_bytes;
 	struct lane lanes[];
 };
 
-/* Bytes that a lane's read() must take: headers of a WRITE and its content. */
-static inline size_t switch_request_bytes(const struct fuse_switch *sw)
-{
-	return sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in) +
-	       sw->options.max_request_bytes;
-}
+enum request_kind {
+	REQUEST_DROP,	   /* nobody waits for an answer */
+	REQUEST_ANSWER,	   /* with error alone */
+	REQUEST_MALFORMED, /* counted, and EINVAL where there is whom to answer */
+	REQUEST_FORWARD,
+	REQUEST_READ,
+	REQUEST_WRITE,
+	REQUEST_PUNCH,
+};
 
-/** switch_is_long - may serving @message of @length bytes take so long that others should read? */
-bool switch_is_long(const char *message, size_t length);
+/* What a lane knows of a message after one look; the message itself is not needed to answer. */
+struct request {
+	enum request_kind kind;
+	int error; /* REQUEST_ANSWER: 0 or -errno */
+	uint32_t opcode;
+	uint64_t unique; /* 0: nobody to answer */
+	uint64_t offset;
+	uint64_t length;
+};
 
 /**
- * switch_serve - answer or forward one request
- * @lane:   whose reply buffer may be used
- * @length: bytes at lane->in; may be less or more than the request says
- */
-void switch_serve(struct lane *lane, size_t length);
-
-/**
- * switch_change_init - raise the limits in pyfuse3's reply to INIT
- * @reply:  at least sizeof(struct fuse_out_header) + sizeof(struct fuse_init_out) bytes
- * @length: of the reply
+ * switch_create - everything but the threads
  *
- * Return: its new length.
+ * Return: 0, -EINVAL (options), -ENOMEM, or why there is no eventfd.
  */
-size_t switch_change_init(const struct fuse_switch *sw, char *reply, size_t length);
+int switch_create(struct fuse_switch **out, struct store *store,
+		  const struct switch_options *options);
 
-/** backlog_send - send what waits, until the socket is full again. Return: anything left? */
-bool backlog_send(struct fuse_switch *sw);
+/** switch_destroy - the opposite; threads must have ended. */
+void switch_destroy(struct fuse_switch *sw);
+
+/**
+ * switch_reply - write one message to the kernel
+ * @out: header, and behind it what out->len says
+ *
+ * When it cannot be delivered, the request gets EIO; when the kernel has given the request up,
+ * nothing is done.
+ *
+ * Return: was it delivered?
+ */
+bool switch_reply(const struct fuse_switch *sw, const struct fuse_out_header *out);
+
+/** switch_answer - reply without content. @unique 0: there is nobody to answer. */
+void switch_answer(const struct fuse_switch *sw, uint64_t unique, int error);
+
+/**
+ * request_parse - decide what happens to a message
+ * @bytes: length of @message as it was read, <= sw->message_bytes; its header may say otherwise
+ */
+void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t bytes,
+		   struct request *out);
+
+/** request_is_long - may it take long enough that another lane should read meanwhile? */
+bool request_is_long(const struct request *request);
+
+/**
+ * request_serve - answer or forward the request in the lane's message
+ *
+ * Context: the lane; holds the token unless request_is_long().
+ */
+void request_serve(struct lane *lane, const struct request *request);
+
+/** request_wants_answer - does a task wait for it? */
+bool request_wants_answer(uint32_t opcode);
+
+/**
+ * init_remember - note what the reply's rewriting, and a later worker, need of INIT
+ *
+ * Context: holds the token. Once for a switch.
+ */
+void init_remember(struct fuse_switch *sw, const uint8_t *message, size_t bytes);
+
+/**
+ * init_rewrite - change pyfuse3's reply to INIT
+ * @reply:   header and fuse_init_out as far as they go; room for INIT_REPLY_BYTES
+ * @bytes:   its length
+ * @offered: flags of the kernel's INIT
+ *
+ * Return: its new length; unchanged where the reply is an error or no fuse_init_out.
+ */
+size_t init_rewrite(uint8_t *reply, size_t bytes, uint32_t offered, uint32_t max_request_bytes);
+
+/**
+ * relay_forward - hand a message to the relay
+ * @message: one whole message; not retained
+ *
+ * Context: holds the token. Does not wait.
+ * Return: 0, -EAGAIN (ring full), -EIO (pyfuse3 is gone).
+ */
+int relay_forward(struct fuse_switch *sw, const uint8_t *message, size_t bytes);
+
+/** relay_send - pass the ring's content on. Return: false when the socket is full. */
+bool relay_send(struct fuse_switch *sw);
+
+/** relay_receive - pass on what pyfuse3 has replied so far. */
+void relay_receive(struct fuse_switch *sw);
+
+/** relay_run - the relay's thread; ends on relay_stop. @arg: the switch */
+void *relay_run(void *arg);
 
 #endif

@@ -1,6 +1,14 @@
 /* SPDX-License-Identifier: MIT
  *
- * switch_request - what happens to one request; see switch.h
+ * switch_request - what happens to one message from the kernel
+ *
+ * First parse: from the bytes alone, into a struct request. Then serve. Nothing that is served
+ * looks at the message again but for a WRITE's content and what is forwarded, so a READ's content
+ * may overwrite it.
+ *
+ * Two errors must never be a page request's answer (Linux 6.18): one ENOSYS to a FALLOCATE of any
+ * file turns fallocate off for the mount, one EOPNOTSUPP to the loop device's punch turns its
+ * discard off.
  */
 #define _GNU_SOURCE
 #include "switch.h"
@@ -8,278 +16,251 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
-#define SHORT_BYTES (8 * PAGE_BYTES) /* about 10 us of decoding; waking a lane takes as long */
-#define MAX_BACKGROUND 128	     /* the loop device's queue depth; 12 throttles it */
+/*
+ * Long is what takes longer than waking another lane: some 10 us of work. A page takes about 1 us
+ * to read, 5 us to write, 0.1 us to discard.
+ */
+#define SHORT_READ_BYTES (8 * PAGE_BYTES)
+#define SHORT_WRITE_BYTES (2 * PAGE_BYTES)
+#define SHORT_PUNCH_BYTES (64 * PAGE_BYTES)
 
-static const char *arguments(const char *message)
+#define FALLOC_FREE (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE)
+
+bool switch_reply(const struct fuse_switch *sw, const struct fuse_out_header *out)
 {
-	return message + sizeof(struct fuse_in_header);
-}
-
-bool switch_is_long(const char *message, size_t length)
-{
-	const struct fuse_in_header *in = (const struct fuse_in_header *)message;
-
-	if (length < sizeof(*in))
-		return false;
-	if (in->opcode == FUSE_WRITE || in->opcode == FUSE_FALLOCATE)
-		return true;
-	return in->opcode == FUSE_READ && length >= sizeof(*in) + sizeof(struct fuse_read_in) &&
-	       ((const struct fuse_read_in *)arguments(message))->size > SHORT_BYTES;
-}
-
-/* Whatever write() says, there is nobody to tell: ENOENT is a request that the kernel gave up. */
-static void send_reply(struct lane *lane, uint64_t unique, int error, size_t bytes)
-{
-	struct fuse_out_header *out = (struct fuse_out_header *)lane->out;
+	struct fuse_out_header failed = {
+		.len = sizeof(failed), .error = -EIO, .unique = out->unique};
 	ssize_t rv;
 
-	out->len = (uint32_t)(sizeof(*out) + bytes);
-	out->error = error;
-	out->unique = unique;
 	do
-		rv = write(lane->sw->options.fuse_fd, out, out->len);
+		rv = write(sw->options.fuse_fd, out, out->len);
 	while (rv < 0 && errno == EINTR);
+	if (rv == (ssize_t)out->len)
+		return true;
+	/* ENOENT: the request was interrupted or aborted. A unique of 0 is pyfuse3's notification. */
+	if (out->unique && (rv >= 0 || errno != ENOENT))
+		rv = write(sw->options.fuse_fd, &failed, sizeof(failed));
+	return false;
 }
 
-static int serve_read(struct lane *lane, const struct fuse_read_in *in, size_t *bytes)
+void switch_answer(const struct fuse_switch *sw, uint64_t unique, int error)
 {
-	int64_t rv;
+	struct fuse_out_header out = {.len = sizeof(out), .error = error, .unique = unique};
 
-	if (in->size > lane->sw->options.max_request_bytes) {
-		store_note_invalid(lane->sw->store);
-		return -EINVAL;
-	}
-	rv = store_pread(lane->sw->store, in->offset, in->size,
-			 lane->out + sizeof(struct fuse_out_header));
-	if (rv < 0)
-		return (int)rv;
-	*bytes = (size_t)rv;
-	return 0;
+	/* The kernel takes a unique of 0 for a notification. */
+	if (unique)
+		switch_reply(sw, &out);
 }
 
-static int serve_write(struct lane *lane, const struct fuse_write_in *in, size_t content,
-		       size_t *bytes)
+bool request_wants_answer(uint32_t opcode)
 {
-	struct fuse_write_out *out =
-		(struct fuse_write_out *)(lane->out + sizeof(struct fuse_out_header));
-	int64_t rv;
-
-	if (in->size != content) {
-		store_note_invalid(lane->sw->store);
-		return -EINVAL;
-	}
-	rv = store_pwrite(lane->sw->store, in->offset, in->size, in + 1);
-	if (rv < 0)
-		return (int)rv;
-	*out = (struct fuse_write_out){.size = (uint32_t)rv};
-	*bytes = sizeof(*out);
-	return 0;
+	return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_INTERRUPT &&
+	       opcode != FUSE_NOTIFY_REPLY;
 }
 
-/* PUNCH_HOLE and ZERO_RANGE must never be EOPNOTSUPP: the loop device would drop discard for
- * good. The other modes may, and nothing of ours uses them. */
-static int serve_fallocate(struct lane *lane, const struct fuse_fallocate_in *in)
+/* Offsets are loff_t: nothing lies past INT64_MAX. */
+static bool in_file_range(uint64_t offset, uint64_t length)
 {
-	uint64_t size = lane->sw->store->nr_pages * PAGE_BYTES;
-
-	if (!(in->mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE)))
-		return -EOPNOTSUPP;
-	if (!(in->mode & FALLOC_FL_KEEP_SIZE) &&
-	    (in->offset > size || in->length > size - in->offset)) {
-		store_note_invalid(lane->sw->store);
-		return -EFBIG;
-	}
-	return store_punch(lane->sw->store, in->offset, in->length);
+	return offset <= INT64_MAX && length <= INT64_MAX - offset;
 }
 
-/* Return: 0 or -errno, or 1: not a page request. */
-static int serve_page(struct lane *lane, const struct fuse_in_header *in, size_t length,
-		      size_t *bytes)
+static void parse_read(const struct fuse_switch *sw, const void *args, size_t bytes,
+		       struct request *r)
 {
-	const char *args = arguments((const char *)in);
-	size_t size = length - sizeof(*in);
-	size_t least = 0;
+	const struct fuse_read_in *in = args;
 
-	switch (in->opcode) {
-	case FUSE_READ:
-		least = sizeof(struct fuse_read_in);
-		if (size >= least)
-			return serve_read(lane, (const struct fuse_read_in *)args, bytes);
-		break;
-	case FUSE_WRITE:
-		least = sizeof(struct fuse_write_in);
-		if (size >= least)
-			return serve_write(lane, (const struct fuse_write_in *)args, size - least,
-					   bytes);
-		break;
-	case FUSE_FALLOCATE:
-		least = sizeof(struct fuse_fallocate_in);
-		if (size >= least)
-			return serve_fallocate(lane, (const struct fuse_fallocate_in *)args);
-		break;
-	case FUSE_FSYNC:
-		return 0;
-	default:
-		return 1;
-	}
-	store_note_invalid(lane->sw->store);
-	return -EINVAL;
-}
-
-static void ring_copy_in(struct backlog *b, const void *bytes, size_t nr)
-{
-	size_t at = (b->head + b->used) % BACKLOG_BYTES;
-	size_t first = nr < BACKLOG_BYTES - at ? nr : BACKLOG_BYTES - at;
-
-	memcpy(b->ring + at, bytes, first);
-	memcpy(b->ring, (const char *)bytes + first, nr - first);
-	b->used += nr;
-}
-
-static void ring_copy_out(struct backlog *b, void *bytes, size_t nr)
-{
-	size_t first = nr < BACKLOG_BYTES - b->head ? nr : BACKLOG_BYTES - b->head;
-
-	memcpy(bytes, b->ring + b->head, first);
-	memcpy((char *)bytes + first, b->ring, nr - first);
-	b->head = (b->head + nr) % BACKLOG_BYTES;
-	b->used -= nr;
-}
-
-/* Return: 0, -EAGAIN (full). */
-static int backlog_add(struct fuse_switch *sw, const void *message, size_t length)
-{
-	struct backlog *b = &sw->backlog;
-	uint32_t nr = (uint32_t)length;
-	int rv = 0;
-
-	pthread_mutex_lock(&b->lock);
-	if (BACKLOG_BYTES - b->used < length + sizeof(nr)) {
-		rv = -EAGAIN;
-	} else {
-		ring_copy_in(b, &nr, sizeof(nr));
-		ring_copy_in(b, message, length);
-		atomic_store(&b->filled, true);
-	}
-	pthread_mutex_unlock(&b->lock);
-	if (!rv)
-		eventfd_write(sw->wake_fd, 1);
-	return rv;
-}
-
-bool backlog_send(struct fuse_switch *sw)
-{
-	struct backlog *b = &sw->backlog;
-	bool full = false;
-
-	pthread_mutex_lock(&b->lock);
-	while (b->used && !full) {
-		size_t head = b->head, used = b->used;
-		uint32_t nr;
-
-		ring_copy_out(b, &nr, sizeof(nr));
-		ring_copy_out(b, sw->relay_buffer, nr);
-		if (send(sw->options.socket_fd, sw->relay_buffer, nr, MSG_DONTWAIT | MSG_NOSIGNAL) <
-			    0 &&
-		    (errno == EAGAIN || errno == EINTR || errno == ENOBUFS)) {
-			b->head = head;
-			b->used = used;
-			full = true;
-		}
-	}
-	atomic_store(&b->filled, b->used != 0);
-	pthread_mutex_unlock(&b->lock);
-	return full;
-}
-
-static void note_init(struct fuse_switch *sw, const struct fuse_in_header *in, size_t length)
-{
-	const struct fuse_init_in *init = (const struct fuse_init_in *)arguments((const char *)in);
-
-	if (length < sizeof(*in) + offsetof(struct fuse_init_in, flags2))
+	if (bytes != sizeof(*in) || in->size > sw->options.max_request_bytes ||
+	    !in_file_range(in->offset, in->size))
 		return;
-	atomic_store(&sw->init_flags, init->flags);
-	atomic_store(&sw->init_unique, in->unique);
+	r->kind = REQUEST_READ;
+	r->offset = in->offset;
+	r->length = in->size;
 }
 
-/* Return: 0, or -errno for the kernel. */
-static int forward(struct fuse_switch *sw, const char *message, size_t length)
+static void parse_write(const struct fuse_switch *sw, const void *args, size_t bytes,
+			struct request *r)
+{
+	const struct fuse_write_in *in = args;
+
+	if (bytes < sizeof(*in) || in->size != bytes - sizeof(*in) ||
+	    in->size > sw->options.max_request_bytes || !in_file_range(in->offset, in->size))
+		return;
+	r->kind = REQUEST_WRITE;
+	r->offset = in->offset;
+	r->length = in->size;
+}
+
+/* Of the swap file. Modes that free nothing are refused: space is not reserved here. */
+static void parse_fallocate(const struct fuse_switch *sw, const void *args, size_t bytes,
+			    struct request *r)
+{
+	const struct fuse_fallocate_in *in = args;
+	bool inside;
+
+	if (bytes != sizeof(*in) || !in->length || !in_file_range(in->offset, in->length))
+		return;
+	inside = in->offset + in->length <= sw->file_bytes;
+	r->offset = in->offset;
+	r->length = in->length;
+	switch (in->mode) {
+	case FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE:
+	case FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE:
+		r->kind = REQUEST_PUNCH;
+		return;
+	case FALLOC_FL_ZERO_RANGE:
+		r->kind = inside ? REQUEST_PUNCH : REQUEST_ANSWER;
+		r->error = -EFBIG;
+		return;
+	default:
+		r->kind = in->mode & FALLOC_FREE ? REQUEST_MALFORMED : REQUEST_ANSWER;
+		r->error = -EOPNOTSUPP;
+	}
+}
+
+static void parse_swap(const struct fuse_switch *sw, const void *args, size_t bytes,
+		       struct request *r)
+{
+	switch (r->opcode) {
+	case FUSE_READ:
+		parse_read(sw, args, bytes, r);
+		return;
+	case FUSE_WRITE:
+		parse_write(sw, args, bytes, r);
+		return;
+	case FUSE_FALLOCATE:
+		parse_fallocate(sw, args, bytes, r);
+		return;
+	case FUSE_FSYNC:
+		if (bytes == sizeof(struct fuse_fsync_in))
+			r->kind = REQUEST_ANSWER;
+		return;
+	default:
+		r->kind = REQUEST_FORWARD;
+	}
+}
+
+void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t bytes,
+		   struct request *r)
 {
 	const struct fuse_in_header *in = (const struct fuse_in_header *)message;
+	size_t extensions;
 
-	if (in->opcode == FUSE_INIT)
-		note_init(sw, in, length);
-	/* Once something waits, all that follows waits behind it. */
-	if (atomic_load(&sw->backlog.filled))
-		return backlog_add(sw, message, length);
-	if (send(sw->options.socket_fd, message, length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
-		return 0;
-	if (errno == EAGAIN || errno == EINTR || errno == ENOBUFS)
-		return backlog_add(sw, message, length);
-	return -EIO;
+	*r = (struct request){.kind = REQUEST_MALFORMED};
+	if (bytes < sizeof(*in))
+		return;
+	r->opcode = in->opcode;
+	if (request_wants_answer(in->opcode))
+		r->unique = in->unique;
+	extensions = 8UL * in->total_extlen;
+	bytes -= sizeof(*in);
+	if (in->len != bytes + sizeof(*in) || extensions > bytes)
+		return;
+	bytes -= extensions;
+	if (in->opcode == FUSE_INTERRUPT) {
+		/* Page requests never wait; libfuse would keep it, for one that it never saw. */
+		r->kind = REQUEST_DROP;
+	} else if (in->opcode == FUSE_INIT) {
+		/* One comes, and of 7.6 or later. */
+		if (!sw->init_bytes && bytes >= offsetof(struct fuse_init_in, flags2))
+			r->kind = REQUEST_FORWARD;
+	} else if (in->nodeid == sw->options.swap_inode) {
+		parse_swap(sw, in + 1, bytes, r);
+	} else if (in->opcode == FUSE_FALLOCATE) {
+		r->kind = REQUEST_ANSWER;
+		r->error = -EOPNOTSUPP;
+	} else {
+		r->kind = REQUEST_FORWARD;
+	}
 }
 
-static bool wants_reply(uint32_t opcode)
+bool request_is_long(const struct request *r)
 {
-	return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET;
+	return (r->kind == REQUEST_READ && r->length > SHORT_READ_BYTES) ||
+	       (r->kind == REQUEST_WRITE && r->length > SHORT_WRITE_BYTES) ||
+	       (r->kind == REQUEST_PUNCH && r->length > SHORT_PUNCH_BYTES);
 }
 
-void switch_serve(struct lane *lane, size_t length)
+static void serve_read(struct lane *lane, const struct request *r)
+{
+	uint8_t *payload = lane->message + PAYLOAD_AT;
+	struct fuse_out_header *out = (struct fuse_out_header *)payload - 1;
+	int64_t rv = store_pread(lane->sw->store, r->offset, r->length, payload);
+
+	if (rv < 0) {
+		switch_answer(lane->sw, r->unique, (int)rv);
+		return;
+	}
+	*out = (struct fuse_out_header){.len = (uint32_t)(sizeof(*out) + (size_t)rv),
+					.unique = r->unique};
+	if (r->unique)
+		switch_reply(lane->sw, out);
+}
+
+/*
+ * A write that was stored in part is ENOSPC, not a short count: the loop device takes a short
+ * count for success (drivers/block/loop.c, lo_complete_rq(): only reads are compared with their
+ * length), and the rest is lost. Seen on Linux 6.18 without direct I/O, and with it where
+ * FUSE_ASYNC_DIO is off.
+ */
+static void serve_write(struct lane *lane, const struct request *r)
+{
+	struct {
+		struct fuse_out_header header;
+		struct fuse_write_out write;
+	} out = {.header = {.len = sizeof(out), .unique = r->unique}};
+	int64_t rv =
+		store_pwrite(lane->sw->store, r->offset, r->length, lane->message + PAYLOAD_AT);
+
+	if (rv >= 0 && (uint64_t)rv < r->length)
+		rv = -ENOSPC;
+	if (rv < 0) {
+		switch_answer(lane->sw, r->unique, (int)rv);
+		return;
+	}
+	out.write.size = (uint32_t)rv;
+	if (r->unique)
+		switch_reply(lane->sw, &out.header);
+}
+
+static void serve_forward(struct lane *lane, const struct request *r)
+{
+	const struct fuse_in_header *in = (const struct fuse_in_header *)lane->message;
+	int rv;
+
+	if (r->opcode == FUSE_INIT)
+		init_remember(lane->sw, lane->message, in->len);
+	rv = relay_forward(lane->sw, lane->message, in->len);
+	if (rv)
+		switch_answer(lane->sw, r->unique, rv);
+}
+
+void request_serve(struct lane *lane, const struct request *r)
 {
 	struct fuse_switch *sw = lane->sw;
-	const struct fuse_in_header *in = (const struct fuse_in_header *)lane->in;
-	size_t bytes = 0;
-	int rv = 1;
 
-	if (length < sizeof(*in)) {
+	switch (r->kind) {
+	case REQUEST_DROP:
+		return;
+	case REQUEST_ANSWER:
+		switch_answer(sw, r->unique, r->error);
+		return;
+	case REQUEST_MALFORMED:
 		store_note_invalid(sw->store);
+		switch_answer(sw, r->unique, -EINVAL);
+		return;
+	case REQUEST_FORWARD:
+		serve_forward(lane, r);
+		return;
+	case REQUEST_READ:
+		serve_read(lane, r);
+		return;
+	case REQUEST_WRITE:
+		serve_write(lane, r);
+		return;
+	case REQUEST_PUNCH:
+		switch_answer(sw, r->unique, store_punch(sw->store, r->offset, r->length));
 		return;
 	}
-	/* Page requests never wait, and libfuse would remember it for a request it never saw. */
-	if (in->opcode == FUSE_INTERRUPT)
-		return;
-	if (in->len != length) {
-		store_note_invalid(sw->store);
-		rv = -EINVAL;
-	} else if (in->nodeid == sw->options.swap_inode) {
-		rv = serve_page(lane, in, length, &bytes);
-	} else if (in->opcode == FUSE_FALLOCATE) {
-		/* libfuse would say ENOSYS, which turns fallocate off for the swap file too. */
-		rv = -EOPNOTSUPP;
-	}
-	if (rv == 1) {
-		rv = forward(sw, lane->in, length);
-		if (!rv)
-			return;
-	}
-	if (wants_reply(in->opcode))
-		send_reply(lane, in->unique, rv, rv ? 0 : bytes);
-}
-
-size_t switch_change_init(const struct fuse_switch *sw, char *reply, size_t length)
-{
-	struct fuse_out_header *out = (struct fuse_out_header *)reply;
-	struct fuse_init_out *init = (struct fuse_init_out *)(reply + sizeof(*out));
-	uint32_t offered = atomic_load(&sw->init_flags);
-	uint32_t request = sw->options.max_request_bytes;
-
-	if (out->error || length < sizeof(*out) + offsetof(struct fuse_init_out, time_gran))
-		return length;
-	if (length < sizeof(*out) + sizeof(*init))
-		memset(reply + length, 0, sizeof(*out) + sizeof(*init) - length);
-	init->max_background = MAX_BACKGROUND;
-	init->congestion_threshold = MAX_BACKGROUND * 3 / 4;
-	init->max_write = request;
-	/* Truncation arrives as SETATTR, where it is refused; nothing of the file is cached. */
-	init->flags &= (uint32_t) ~(FUSE_ATOMIC_O_TRUNC | FUSE_WRITEBACK_CACHE);
-	init->flags |= offered & (FUSE_ASYNC_DIO | FUSE_MAX_PAGES | FUSE_BIG_WRITES);
-	if (init->flags & FUSE_MAX_PAGES)
-		init->max_pages = (uint16_t)(request / PAGE_BYTES);
-	out->len = (uint32_t)(sizeof(*out) + sizeof(*init));
-	return out->len;
 }
