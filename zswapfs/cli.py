@@ -198,7 +198,9 @@ def up(
             _mend(target, state)
         device, notes = _set_up(target, options, rank)
     _print_notes(notes)
-    limit = "" if options.mem_limit is None else f", at most {options.mem_limit >> 20} MiB of memory"
+    limit = (
+        "" if options.mem_limit is None else f", at most {options.mem_limit >> 20} MiB of memory"
+    )
     click.echo(f"zswapfs: {options.size >> 20} MiB of swap on {device}, priority {rank}{limit}")
 
 

@@ -113,9 +113,7 @@ class Filesystem(pyfuse3.Operations):  # type: ignore[misc]
             if not pyfuse3.readdir_reply(token, file.name, self._attributes(file.inode), number):
                 return
 
-    async def open(
-        self, inode: int, flags: int, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a file; nothing of it is cached by the kernel."""
         del ctx
         file = _BY_INODE.get(inode)

@@ -151,7 +151,9 @@ def swap_on(device: str, priority: int) -> None:
 def available_bytes() -> int:
     """Return what pages that come back from swap can use: memory, and other swap."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    values = {name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines)}
+    values = {
+        name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines)
+    }
     return values["MemAvailable"]
 
 

@@ -118,9 +118,7 @@ def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
         os.write(ready_fd, f"note: {'; '.join(missing)}\n".encode())
     ours, theirs = _pair()
     end_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    store = Store(
-        options.nr_pages, options.mem_limit, reserve=options.reserve, fd=region_fd
-    )
+    store = Store(options.nr_pages, options.mem_limit, reserve=options.reserve, fd=region_fd)
     switch = FuseSwitch(
         store,
         fuse_fd=fuse_fd,

@@ -1,0 +1,187 @@
+"""Up and down: in the right order, back where they came from, mended when killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ZSWAPFS, Mounted, Swapped, run, take_down, zswapfs
+
+pytestmark = pytest.mark.swapped
+
+LOAD = Path(__file__).with_name("load.py")
+
+
+def _nothing_is_left(place: Path) -> None:
+    assert not place.is_mount()
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        assert not backing.read_text().startswith(str(place))
+
+
+def test_up_and_down(place: Path) -> None:
+    """And once more, with everything gone in between."""
+    for _ in range(2):
+        done = zswapfs("up", place, "--size", "128M", "--priority", "7")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("zswapfs: 128 MiB of swap on /dev/loop")
+        device = done.stdout.split(" on ")[1].split(",")[0]
+        line = Path("/proc/swaps").read_text().partition(device)[2].split()
+        assert line[1:4] == [str((128 << 10) - 4), "0", "7"]
+        assert zswapfs("down", place).returncode == 0
+        _nothing_is_left(place)
+
+
+def test_up_twice(swapped_on: Callable[..., Swapped]) -> None:
+    """Refused, and the first goes on."""
+    swap = swapped_on("--size", "128M")
+    done = zswapfs("up", swap.path)
+    assert done.returncode == 1
+    assert done.stderr == f"zswapfs: {swap.path}: already up, on {swap.device}\n"
+    assert swap.stats()["DiskSize"] == 128 << 10
+
+
+def test_down_of_what_is_not_up(place: Path, mount: Callable[..., Mounted]) -> None:
+    """Nothing there, or a mount that 'up' did not make: neither is touched."""
+    done = zswapfs("down", place)
+    assert (done.returncode, done.stderr) == (1, f"zswapfs: {place}: not up\n")
+    mounted = mount()
+    assert zswapfs("down", mounted.path).returncode == 1
+    assert mounted.file.exists()
+    assert zswapfs("up", mounted.path).returncode == 1
+    assert mounted.file.exists()
+
+
+def test_umount_while_swapped_on(swapped_on: Callable[..., Swapped]) -> None:
+    """The kernel refuses; all goes on."""
+    swap = swapped_on("--size", "128M")
+    assert run("umount", swap.path).returncode != 0
+    assert swap.device in Path("/proc/swaps").read_text()
+    assert swap.stats()["DiskSize"] == 128 << 10
+
+
+def test_sigterm_changes_nothing_under_live_swap(swapped_on: Callable[..., Swapped]) -> None:
+    """To either process."""
+    swap = swapped_on("--size", "128M")
+    for process in swap.daemon():
+        os.kill(process, signal.SIGTERM)
+    time.sleep(0.3)
+    assert len(swap.daemon()) == 2
+    assert swap.stats()["DiskSize"] == 128 << 10
+
+
+def test_down_brings_pages_back(swapped_on: Callable[..., Swapped], corpus_file: Path) -> None:
+    """A process whose pages are in swap keeps them, byte for byte."""
+    swap = swapped_on("--size", "512M")
+    load = swap.load(64, sys.executable, LOAD, corpus_file, 160, 5, 6)
+    for _ in range(200):
+        if swap.stats()["PagesStored"] > 20_000:
+            break
+        time.sleep(0.05)
+    root = swap.groups[0]
+    for name in ("memory.limit_in_bytes", "memory.max"):
+        if (root / name).exists():
+            (root / name).write_text(str(512 << 20))
+    done = zswapfs("down", swap.path)
+    assert done.returncode == 0, done.stderr
+    _nothing_is_left(swap.path)
+    out, _ = load.communicate(timeout=120)
+    assert load.returncode == 0
+    assert " 0 wrong" in out
+
+
+def test_down_without_memory_says_so(swapped_on: Callable[..., Swapped], place: Path) -> None:
+    """Seen through a /proc/meminfo that has no memory: nothing is changed."""
+    swap = swapped_on("--size", "128M")
+    fake = place.with_name("meminfo")
+    fake.write_text("MemAvailable:       0 kB\n")
+    swaps = place.with_name("swaps")
+    line = f"{swap.device} partition 131068 50000 100\n"
+    swaps.write_text("Filename Type Size Used Priority\n" + line)
+    command = f"mount --bind {fake} /proc/meminfo && mount --bind {swaps} /proc/swaps && "
+    done = run("unshare", "-m", "sh", "-c", f"{command} exec {ZSWAPFS} down {swap.path}")
+    assert done.returncode == 1
+    assert "48 MiB are in swap and only 0 MiB of memory are free" in done.stderr
+    assert swap.device in Path("/proc/swaps").read_text()
+    assert swap.stats()["DiskSize"] == 128 << 10
+
+
+BROKEN = {
+    "losetup": "losetup: cannot find an unused loop device",
+    "mkswap": "mkswap: cannot write",
+    "swapon": "swapon: /dev/loop9: swapon failed: Invalid argument",
+}
+
+
+@pytest.mark.parametrize("tool", BROKEN)
+def test_a_refused_step_takes_down_what_was_set_up(place: Path, tool: str) -> None:
+    """No free loop device, no mkswap, no swapon: the tool's own line, and nothing left."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / tool).write_text(
+        f'#!/bin/sh\n[ "$1" = -d ] && exec /sbin/{tool} "$@"\necho \'{BROKEN[tool]}\' >&2\nexit 1\n'
+    )
+    (folder / tool).chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [ZSWAPFS, "up", place, "--size", "64M"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"zswapfs: {BROKEN[tool]}\n"
+    _nothing_is_left(place)
+
+
+@pytest.mark.parametrize("tool", ["losetup", "mkswap", "swapon"])
+@pytest.mark.parametrize("then", ["up", "down"])
+def test_an_up_that_was_killed_is_mended(place: Path, tool: str, then: str) -> None:
+    """Killed where no cleaning up is possible: the next up or down finds what is there."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / tool).write_text("#!/bin/sh\nkill -9 $PPID\nexit 1\n")
+    (folder / tool).chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    killed = subprocess.run([ZSWAPFS, "up", place, "--size", "64M"], env=env, check=False)
+    assert killed.returncode == -9
+    assert place.is_mount()
+    done = zswapfs(then, place, *(["--size", "64M"] if then == "up" else []))
+    assert done.returncode == 0, done.stderr
+    if then == "up":
+        assert zswapfs("down", place).returncode == 0
+    _nothing_is_left(place)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "0"], "size: '0' is less than one page"),
+        (["--size", "-1G"], "size: '-1G' is not a size"),
+        (["--size", "100T"], "more than slots can address"),
+        (["--mem-limit", "4M"], "leaves nothing beside the reserve"),
+        (["--priority", "x"], "priority: 'x' is not a number"),
+        (["--priority", "32768"], "priority"),
+        (["-o", "nonsense=1"], "unknown option 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_line(place: Path, words: list[str], message: str) -> None:
+    """Exit code 1, nothing changed."""
+    done = zswapfs("up", place, *words)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    _nothing_is_left(place)
+
+
+def test_a_swap_file_too_small_for_mkswap(place: Path) -> None:
+    """mkswap wants ten pages: its line, and nothing left."""
+    done = zswapfs("up", place, "--size", "16K")
+    assert done.returncode == 1
+    assert "mkswap" in done.stderr
+    _nothing_is_left(place)
+    take_down(place)
