@@ -40,7 +40,7 @@ def test_percent_is_of_memory() -> None:
 @pytest.mark.parametrize("text", ["", "G", "-1G", "8X", "1e9", "0x10", "8 G G", "%", "nan", "inf"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     """The message names the option and the word."""
-    with pytest.raises(ConfigError, match="size: .* is not a size"):
+    with pytest.raises(ConfigError, match=r"size: .* is not a size"):
         parse_size(text, "size")
 
 

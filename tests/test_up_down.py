@@ -179,7 +179,7 @@ def test_bad_input_is_one_line(place: Path, words: list[str], message: str) -> N
 
 
 def test_a_swap_file_too_small_for_mkswap(place: Path) -> None:
-    """mkswap wants ten pages: its line, and nothing left."""
+    """Mkswap wants ten pages: its line, and nothing left."""
     done = zswapfs("up", place, "--size", "16K")
     assert done.returncode == 1
     assert "mkswap" in done.stderr

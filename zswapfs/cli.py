@@ -235,15 +235,17 @@ def stats(mountpoint: Path, *, as_json: bool) -> None:
         click.echo(text, nl=False)
         return
     for name, value in json.loads(text).items():
-        if name == "raw":
-            continue
-        unit = ""
-        if name.endswith(("Size", "Limit", "MemUsedTotal", "MemUsedMax", "DaemonRSS")):
-            value, unit = value / 1024, " MiB"
-        elif name in ("GoodCompress", "NoCompress"):
-            unit = " %"
-        number = f"{value:14,.2f}" if isinstance(value, float) else f"{value:11,}   "
-        click.echo(f"{name:16}{number}{unit}")
+        if name != "raw":
+            click.echo(_readable(name, value))
+
+
+def _readable(name: str, value: float) -> str:
+    """Return a line of the table; sizes, in kB, as MiB."""
+    if name.endswith(("Size", "Limit", "MemUsedTotal", "MemUsedMax", "DaemonRSS")):
+        return f"{name:16}{value / 1024:14,.2f} MiB"
+    if name in ("GoodCompress", "NoCompress"):
+        return f"{name:16}{value:11,} %"
+    return f"{name:16}{value:14,.2f}" if isinstance(value, float) else f"{name:16}{value:11,}"
 
 
 @cli.command()
@@ -297,6 +299,6 @@ def mount_helper() -> None:
         elif "f" in word:
             return  # mount -f: all but the mounting
     if len(places) != 2:  # noqa: PLR2004 source and mountpoint
-        print("usage: mount.fuse.zswapfs SOURCE MOUNTPOINT [-o OPTIONS]", file=sys.stderr)
+        click.echo("usage: mount.fuse.zswapfs SOURCE MOUNTPOINT [-o OPTIONS]", err=True)
         sys.exit(2)
     _guarded([*words, places[1]])

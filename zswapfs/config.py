@@ -5,6 +5,7 @@ Sizes are binary: ``8G`` is 8 x 2^30 bytes; ``50%`` is half of the machine's mem
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,8 +18,11 @@ CHUNK_BYTES = 65536
 DEFAULT_MOUNTPOINT = Path("/run/zswapfs")
 DEFAULT_RESERVE = 4 << 20
 
+_ALL = 100  # percent
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*((?P<unit>[KMGT]?)(i?B)?|(?P<percent>%))", re.I)
+_SIZE = re.compile(
+    r"(?P<number>\d+(\.\d+)?)((?P<unit>[KMGT]?)(i?B)?|(?P<percent>%))", re.IGNORECASE
+)
 
 IGNORED_MOUNT_OPTIONS = frozenset(
     "defaults auto noauto nofail user nouser users owner group rw dev nodev suid nosuid exec "
@@ -61,9 +65,10 @@ def parse_count(text: str, what: str, least: int, most: int) -> int:
 
 def parse_percent(text: str, what: str) -> float:
     """Return a percentage above 0 and up to 100. Raises ConfigError otherwise."""
-    if not re.fullmatch(r"\d{1,3}(\.\d{1,3})?%?", text) or not 0 < float(text.rstrip("%")) <= 100:
+    number = text.rstrip("%")
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,3})?", number) or not 0 < float(number) <= _ALL:
         raise ConfigError(f"{what}: '{text}' is not a percentage above 0 and up to 100")
-    return float(text.rstrip("%"))
+    return float(number)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Options:
         return self.size // PAGE_BYTES
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[str], int | float]] = {
     "size": lambda text: parse_size(text, "size"),
     "mem_limit": lambda text: parse_size(text, "mem-limit"),
     "reserve": lambda text: parse_size(text, "reserve"),

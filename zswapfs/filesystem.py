@@ -46,7 +46,7 @@ _RENDER: dict[bytes, Callable[[Stats], str]] = {
 }
 
 
-class Filesystem(pyfuse3.Operations):  # type: ignore[misc]
+class Filesystem(pyfuse3.Operations):
     """One directory of five files.
 
     ``take_stats`` is called, in a thread, at each open of a statistics file: what one handle

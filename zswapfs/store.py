@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -136,15 +137,19 @@ class Store:
 
     def pwrite(self, offset: int, data: bytes) -> int:
         """Write bytes anywhere in the file; return how many. Raises StoreError (EFBIG, ENOSPC)."""
-        return check(lib.store_pwrite(self._store, offset, len(data), ffi.from_buffer(data)))
+        return check(
+            lib.store_pwrite(self._store, offset, len(data), ffi.from_buffer("char[]", data))
+        )
 
     def punch(self, offset: int, length: int) -> None:
         """Zero bytes anywhere; whole pages among them are discarded."""
         check(lib.store_punch(self._store, offset, length))
 
     def compact(self, max_bytes: int | None = None) -> int:
-        """Pack what is left and give memory back; return how many bytes, at least ``max_bytes``
-        where there is so much to win."""
+        """Pack what is left and give memory back; return how many bytes.
+
+        Ends after the round that won ``max_bytes``; without it, when nothing more can be won.
+        """
         return check(lib.store_compact(self._store, _UNLIMITED if max_bytes is None else max_bytes))
 
     def watch(self, event_fd: int, freed_bytes: int) -> None:
@@ -190,35 +195,29 @@ class Store:
         return Stats(**counted, daemon_rss=daemon_rss, restarts=restarts)
 
 
+@dataclass(frozen=True)
+class SwitchOptions:
+    """What the switch needs; the descriptors stay the caller's."""
+
+    fuse_fd: int
+    """/dev/fuse, mounted, O_NONBLOCK."""
+    socket_fd: int
+    """Our end of pyfuse3's pair."""
+    end_fd: int
+    """An eventfd: 1 is added when the kernel has unmounted."""
+    nr_lanes: int
+    spin_us: int
+    max_request_bytes: int
+    swap_inode: int
+
+
 class FuseSwitch:
     """The native threads between /dev/fuse and pyfuse3, from their start to the unmount."""
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        fuse_fd: int,
-        socket_fd: int,
-        end_fd: int,
-        nr_lanes: int,
-        spin_us: int,
-        max_request_bytes: int,
-        swap_inode: int,
-    ) -> None:
-        options = ffi.new(
-            "struct switch_options *",
-            {
-                "fuse_fd": fuse_fd,
-                "socket_fd": socket_fd,
-                "end_fd": end_fd,
-                "nr_lanes": nr_lanes,
-                "spin_us": spin_us,
-                "max_request_bytes": max_request_bytes,
-                "swap_inode": swap_inode,
-            },
-        )
+    def __init__(self, store: Store, options: SwitchOptions) -> None:
         out = ffi.new("struct fuse_switch **")
-        check(lib.switch_start(out, store.pointer, options))
+        native = ffi.new("struct switch_options *", asdict(options))
+        check(lib.switch_start(out, store.pointer, native))
         self._switch = out[0]
 
     @property

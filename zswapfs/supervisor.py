@@ -48,6 +48,11 @@ def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
         raise OSError(number, os.strerror(number), str(mountpoint))
 
 
+def complain(text: str) -> None:
+    """Say something on standard error, which for a daemon is the kernel's log."""
+    os.write(sys.stderr.fileno(), f"zswapfs: {text}\n".encode())
+
+
 def _worker_main(options: Options, fds: tuple[int, int, int]) -> None:
     code = 1
     try:
@@ -81,14 +86,14 @@ def serve(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> in
             unmount(mountpoint)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                print(f"zswapfs: {mountpoint}: {error.strerror}; goes on", file=sys.stderr)
+                complain(f"{mountpoint}: {error.strerror}; goes on")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code:
-        print(f"zswapfs: {mountpoint}: the worker ended with {code}", file=sys.stderr)
+        complain(f"{mountpoint}: the worker ended with {code}")
         with suppress(OSError):
             unmount(mountpoint, lazily=True)
         return 1

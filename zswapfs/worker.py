@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .config import Options
 from .stats import Stats
-from .store import FuseSwitch, Store
+from .store import FuseSwitch, Store, SwitchOptions
 
 MAX_REQUEST_BYTES = 256 << 10
 SOCKET_BYTES = 4 << 20
@@ -82,7 +82,7 @@ def _control_plane(
     socket_fd, end_fd, ready_fd = fds
 
     async def announce() -> None:
-        while not switch.ready:
+        while not switch.ready:  # noqa: ASYNC110 a few milliseconds, once
             await trio.sleep(0.002)
         gc.collect()
         gc.freeze()
@@ -121,13 +121,15 @@ def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
     store = Store(options.nr_pages, options.mem_limit, reserve=options.reserve, fd=region_fd)
     switch = FuseSwitch(
         store,
-        fuse_fd=fuse_fd,
-        socket_fd=ours.fileno(),
-        end_fd=end_fd,
-        nr_lanes=options.lanes,
-        spin_us=options.spin_us,
-        max_request_bytes=MAX_REQUEST_BYTES,
-        swap_inode=SWAP_INODE,
+        SwitchOptions(
+            fuse_fd=fuse_fd,
+            socket_fd=ours.fileno(),
+            end_fd=end_fd,
+            nr_lanes=options.lanes,
+            spin_us=options.spin_us,
+            max_request_bytes=MAX_REQUEST_BYTES,
+            swap_inode=SWAP_INODE,
+        ),
     )
     try:
         _control_plane(store, options, switch, (os.dup(theirs.fileno()), end_fd, ready_fd))
