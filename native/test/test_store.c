@@ -330,7 +330,7 @@ static void test_scattered_pages_of_a_large_file_cost_little(void **state)
 static void test_largest_file(void **state)
 {
 	int fd = open_memory();
-	struct store *store = open_store(fd, STORE_MAX_PAGES, 65536, 0, 0);
+	struct store *store = open_store(fd, STORE_MAX_PAGES, 65536, MIB, 0);
 	const uint64_t size = (uint64_t)STORE_MAX_PAGES * PAGE_BYTES;
 
 	(void)state;
