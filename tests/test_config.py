@@ -62,7 +62,7 @@ def test_less_than_a_page_is_refused(text: str) -> None:
         ("spin_us=-1", "spin_us"),
         ("compact_at=0", "compact_at"),
         ("compact_at=101", "compact_at"),
-        ("compact_at=20", "compact_fast"),
+        ("compact_at=20,compact_fast=10", "compact_fast"),
         ("compact_at=x", "compact_at"),
         ("size", "size: needs a value"),
         ("sise=1G", "unknown option 'sise'"),

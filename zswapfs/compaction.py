@@ -26,7 +26,7 @@ LEAST_BYTES = 256 << 10
 STEP_BYTES = 1
 """Asks for one round: it ends after the round that won this."""
 PAUSE_FACTOR = 10
-LEAST_PAUSE = 0.05
+LEAST_PAUSE = 0.02
 """Seconds; frees come in bursts, and a burst is better seen as a whole."""
 NEAR_LIMIT = 0.9
 

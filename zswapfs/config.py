@@ -85,9 +85,9 @@ class Options:
     """Threads that serve page requests, 1 to 64."""
     spin_us: int = 100
     """Microseconds that a lane goes on looking for requests after the last one, 0 to 1000."""
-    compact_at: float = 1.0
+    compact_at: float = 0.5
     """Percent of the arena's memory that must be free inside chunks for compaction to begin."""
-    compact_fast: float = 10.0
+    compact_fast: float = 5.0
     """Percent from which on compaction does not pause between its rounds."""
 
     def __post_init__(self) -> None:
