@@ -1,4 +1,4 @@
-"""What the benchmarks share: pages, contenders that hold them, progress, and a place to put results.
+"""What the benchmarks share: pages, contenders that hold them, progress, a place for results.
 
 A contender is anything that pages can be written to, read from and discarded from, and that says
 how much memory it takes for how many compressed bytes.
@@ -95,7 +95,9 @@ class Mount:
         self.folder = folder
         words = f"size={nr_pages * PAGE}" + (f",{options}" if options else "")
         binary = Path(sys.executable).with_name("zswapfs")
-        subprocess.run([binary, "mount", folder, "-o", words], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [binary, "mount", folder, "-o", words], check=True, stderr=subprocess.DEVNULL
+        )
         self.fd = os.open(folder / "swap", os.O_RDWR)
 
     def write(self, index: int, page: bytes) -> None:
