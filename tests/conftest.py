@@ -239,7 +239,7 @@ def corpus_file() -> Path:
     folder = TOP / "build" / "corpus"
     whole = folder / "all.pages"
     if not whole.exists():
-        done = run(sys.executable, TOP / "contrib/corpus/make_corpus.py", folder, "--mib", 4)
+        done = run(sys.executable, TOP / "contrib/corpus/make_corpus.py", folder, "--mib", 6)
         assert done.returncode == 0, done.stderr
         parts = sorted(folder.glob("*.pages"))
         whole.write_bytes(b"".join(part.read_bytes() for part in parts))
