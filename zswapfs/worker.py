@@ -132,7 +132,7 @@ def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
         ),
     )
     try:
-        _control_plane(store, options, switch, (os.dup(theirs.fileno()), end_fd, ready_fd))
+        _control_plane(store, options, switch, (theirs.detach(), end_fd, ready_fd))
     except Exception:
         # Pages must go on: whoever has some in swap would die with the lanes.
         log.exception("the control plane ended; pages are served until the unmount")
