@@ -211,7 +211,7 @@ static uint32_t refill_level(const struct region *region)
 {
 	uint32_t target = reserve_target(region);
 
-	return region->held ? target / 4 : target - target / 4;
+	return region->held ? (target + 3) / 4 : target - target / 4;
 }
 
 static bool wants_refill(const struct region *region)

@@ -256,6 +256,19 @@ static bool staged_has_block(const struct staged *staged)
 	return staged->state == SLOT_STATE_LZ4 || staged->state == SLOT_STATE_RAW;
 }
 
+void store_unlock_arena(struct store *store)
+{
+	int fd = -1;
+
+	if (store->watch_fd >= 0 && store->arena.freed_words >= store->watch_words) {
+		fd = store->watch_fd;
+		store->watch_fd = -1;
+	}
+	arena_unlock(&store->arena);
+	if (fd >= 0)
+		eventfd_write(fd, 1);
+}
+
 /* Returns how many of @nr got their block; the first that did not ends it. */
 static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t index, uint32_t nr)
 {
@@ -280,7 +293,10 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 			break;
 		i++;
 	}
-	arena_unlock(&store->arena);
+	/* At the limit, whoever watches for frees may have something to compact now. */
+	if (i < nr)
+		store->watch_words = 0;
+	store_unlock_arena(store);
 	return i;
 }
 
@@ -306,19 +322,6 @@ static void fill_block(struct store *store, struct staged *staged, uint64_t inde
 	tag = arena_tag(&store->arena, staged->place);
 	tag->checksum = block_checksum(index, staged->payload, staged->length);
 	staged->word = slot_make_block(staged->state, staged->place, staged->length, tag->checksum);
-}
-
-void store_unlock_arena(struct store *store)
-{
-	int fd = -1;
-
-	if (store->watch_fd >= 0 && store->arena.freed_words >= store->watch_words) {
-		fd = store->watch_fd;
-		store->watch_fd = -1;
-	}
-	arena_unlock(&store->arena);
-	if (fd >= 0)
-		eventfd_write(fd, 1);
 }
 
 void store_watch(struct store *store, int event_fd, uint64_t freed_bytes)

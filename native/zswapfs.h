@@ -153,7 +153,7 @@ int64_t store_compact(struct store *store, uint64_t max_bytes);
 /**
  * store_watch - have @event_fd told when blocks have been freed
  * @event_fd:    eventfd, O_NONBLOCK; stays the caller's; -1: stop watching
- * @freed_bytes: 1 is added once this much has been freed from now on
+ * @freed_bytes: 1 is added once this much has been freed from now on, or a write was refused
  *
  * Once only: watch again for the next time. What makes compaction worth a look without a clock.
  */

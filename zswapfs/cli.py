@@ -5,6 +5,7 @@ import os
 import select
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .errors import ConfigError, SetupError, ZswapfsError
 READY_TIMEOUT = 30
 """Seconds that a mount may take to become usable."""
 MAX_PRIORITY = 32767
+PROGRESS_SECONDS = 0.2
 
 _MOUNTPOINT = click.argument(
     "mountpoint", type=click.Path(path_type=Path), default=DEFAULT_MOUNTPOINT
@@ -248,6 +250,19 @@ def _readable(name: str, value: float) -> str:
     return f"{name:16}{value:14,.2f}" if isinstance(value, float) else f"{name:16}{value:11,}"
 
 
+def _show_progress(mountpoint: Path, work: "Future[int]", before: dict[str, int]) -> None:
+    """Draw a bar, on a terminal, until the work is done: free bytes inside chunks that are gone."""
+    if not sys.stderr.isatty():
+        return
+    with click.progressbar(
+        length=max(before["free_bytes"], 1), label="compacting", file=sys.stderr
+    ) as bar:
+        while not wait([work], timeout=PROGRESS_SECONDS).done:
+            now = json.loads(_read_json(mountpoint))["raw"]
+            bar.update(max(0, before["free_bytes"] - now["free_bytes"] - bar.pos))
+        bar.update(bar.length - bar.pos if bar.length else 0)
+
+
 @cli.command()
 @_MOUNTPOINT
 def compact(mountpoint: Path) -> None:
@@ -255,10 +270,13 @@ def compact(mountpoint: Path) -> None:
     _need_root()
     target = _absolute(mountpoint)
     before = json.loads(_read_json(target))["raw"]
-    try:
-        (target / ".compact").write_text("1")
-    except OSError as error:
-        raise SetupError(f"{target}: {error.strerror}") from None
+    with ThreadPoolExecutor(1) as executor:
+        work = executor.submit((target / ".compact").write_text, "1")
+        _show_progress(target, work, before)
+        try:
+            work.result()
+        except OSError as error:
+            raise SetupError(f"{target}: {error.strerror}") from None
     after = json.loads(_read_json(target))["raw"]
     won = before["mem_used_bytes"] - after["mem_used_bytes"]
     moved = after["pages_compacted"] - before["pages_compacted"]
