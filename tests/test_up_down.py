@@ -185,3 +185,29 @@ def test_a_swap_file_too_small_for_mkswap(place: Path) -> None:
     assert "mkswap" in done.stderr
     _nothing_is_left(place)
     take_down(place)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_up_that_is_interrupted_takes_everything_down(place: Path, number: int) -> None:
+    """While mkswap is at work."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / "mkswap").write_text(f"#!/bin/sh\nkill -{int(number)} $PPID\nsleep 1\nexit 1\n")
+    (folder / "mkswap").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run([ZSWAPFS, "up", place, "--size", "64M"], env=env, check=False)
+    assert done.returncode in (1, 143)
+    _nothing_is_left(place)
+
+
+def test_a_mountpoint_with_a_strange_name(place: Path) -> None:
+    """Blanks, backslashes and letters beyond ASCII, which /proc escapes or does not."""
+    strange = place.with_name("mnt \\040 é")
+    strange.mkdir()
+    try:
+        assert zswapfs("up", strange, "--size", "64M").returncode == 0
+        assert zswapfs("up", strange, "--size", "64M").returncode == 1
+        assert zswapfs("down", strange).returncode == 0
+        _nothing_is_left(strange)
+    finally:
+        take_down(strange)

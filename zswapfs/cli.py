@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -73,10 +74,12 @@ def _become_daemon() -> None:
         os.dup2(null, fd)
     os.close(null)
     # Complaints go where the system's log is; without one, nowhere.
-    with suppress(OSError):
-        kmsg = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(kmsg, 2)
-        os.close(kmsg)
+    try:
+        log = os.open("/dev/kmsg", os.O_WRONLY)
+    except OSError:
+        log = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(log, 2)
+    os.close(log)
 
 
 def _mount(mountpoint: Path, options: Options, source: str) -> list[str]:
@@ -90,6 +93,9 @@ def _mount(mountpoint: Path, options: Options, source: str) -> list[str]:
         try:
             _become_daemon()
             code = supervisor.serve(mountpoint, options, fuse_fd, says)
+        except (ZswapfsError, OSError) as error:
+            with suppress(OSError):
+                os.write(says, f"error: {error}\n".encode())
         finally:
             os._exit(code)
     os.close(says)
@@ -288,6 +294,8 @@ def compact(mountpoint: Path) -> None:
 
 
 def _guarded(words: list[str]) -> None:
+    # Whoever is told to end takes down what it has begun to set up.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         cli(words, prog_name="zswapfs")
     except (ZswapfsError, OSError) as error:

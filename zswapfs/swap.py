@@ -6,6 +6,7 @@ step that was killed leaves nothing that the next one could not see.
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -72,13 +73,19 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
 
 def _unescape(word: str) -> str:
     """Undo the octal escapes of /proc."""
-    return word.encode().decode("unicode_escape")
+    whole = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(word))
+    return os.fsdecode(whole)
+
+
+def _read(path: str) -> list[str]:
+    """Return the lines of a file that names paths, whatever bytes they have."""
+    return os.fsdecode(Path(path).read_bytes()).splitlines()
 
 
 def mount_source(mountpoint: Path) -> str | None:
     """Return the source of the zswapfs that is mounted there, or None."""
     source = None
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in _read("/proc/self/mounts"):
         words = line.split()
         if _unescape(words[1]) == str(mountpoint):
             source = words[0] if words[2] == FSTYPE else None
@@ -88,7 +95,7 @@ def mount_source(mountpoint: Path) -> str | None:
 def active_swaps() -> list[Swap]:
     """Return what /proc/swaps lists."""
     swaps = []
-    for line in Path("/proc/swaps").read_text().splitlines()[1:]:
+    for line in _read("/proc/swaps")[1:]:
         device, _, size, used, priority = line.split()
         swaps.append(Swap(_unescape(device), int(size) << 10, int(used) << 10, int(priority)))
     return swaps
