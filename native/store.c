@@ -362,6 +362,33 @@ static bool names_own_block(const struct store *store, uint64_t index, uint64_t 
 	       slot_is_sealed(word, target);
 }
 
+/* Replace a locked slot's word and unlock it. The word table's old place is cleared in between: not
+ * before the slot has changed, and not after somebody else may use it. */
+static void replace_word(struct store *store, uint64_t index, uint64_t old, uint64_t word)
+{
+	slot_t *slot = &store->region->slots[index];
+
+	if (slot_has_word(old)) {
+		slot_swing(slot, word | SLOT_LOCK);
+		atomic_store_explicit(&store->region->words[slot_word_at(index, slot_state(old))],
+				      0, memory_order_relaxed);
+	}
+	slot_swing(slot, word);
+}
+
+/* Leave nothing of a page on the desk. */
+static void clear_staged(struct scratch *s, uint32_t nr)
+{
+	for (uint32_t i = 0; i < nr; i++) {
+		struct staged *staged = &s->staged[i];
+
+		if (staged_has_block(staged)) /* a raw page was given up after any number of bytes */
+			memset(s->compressed[i], 0,
+			       staged->state == SLOT_STATE_LZ4 ? staged->length : CODEC_MAX_BYTES);
+		staged->value = 0;
+	}
+}
+
 uint32_t store_commit(struct store *store, struct scratch *s, uint64_t index, uint32_t nr)
 {
 	slot_t *slots = store->region->slots + index;
@@ -371,13 +398,14 @@ uint32_t store_commit(struct store *store, struct scratch *s, uint64_t index, ui
 	for (uint32_t i = 0; i < stored; i++) {
 		fill_block(store, &s->staged[i], index + i, s->old[i]);
 		sound[i] = names_own_block(store, index + i, s->old[i]);
-		slot_swing(&slots[i], s->staged[i].word);
+		replace_word(store, index + i, s->old[i], s->staged[i].word);
 		store_count_page(s->counters, s->old[i], -1);
 		store_count_page(s->counters, s->staged[i].word, 1);
 	}
 	for (uint32_t i = stored; i < nr; i++)
 		slot_unlock(&slots[i]);
 	free_blocks(store, s, sound, stored);
+	clear_staged(s, nr);
 	return stored;
 }
 
@@ -422,7 +450,7 @@ static uint32_t discard_batch(struct store *store, struct scratch *s, uint64_t i
 
 		s->old[i] = slot_lock(slot);
 		sound[i] = names_own_block(store, index + i, s->old[i]);
-		slot_swing(slot, 0);
+		replace_word(store, index + i, s->old[i], 0);
 		store_count_page(s->counters, s->old[i], -1);
 		held += slot_has_block(s->old[i]) || slot_is_same(s->old[i]);
 	}

@@ -48,6 +48,7 @@ static int read_part(struct store *store, const struct span *span, void *bytes)
 		codec_fill(s->page, 0);
 	}
 	memcpy(bytes, s->page + span->from, span->bytes);
+	codec_fill(s->page, 0);
 	counter_add(&s->counters->reads, 1);
 	if (rv)
 		counter_add(&s->counters->failed_reads, 1);
@@ -78,6 +79,7 @@ static int change_part(struct store *store, const struct span *span, const void 
 		store_stage(s, 0, s->page);
 		rv = store_commit(store, s, span->index, 1) == 1 ? 0 : -ENOSPC;
 	}
+	codec_fill(s->page, 0);
 	if (bytes) {
 		counter_add(&s->counters->writes, 1);
 		counter_add(&s->counters->failed_writes, rv != 0);
