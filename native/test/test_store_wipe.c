@@ -1,0 +1,239 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Freed means gone: a marker that was written, and then discarded, overwritten, punched or moved,
+ * is not to be found in the region or on the store's desks.
+ */
+#include "fixture.h"
+
+#define NR_PAGES 200
+#define MARKER "zswapfs-marker-5b1e77a2c94d"
+#define MARKER_BYTES (sizeof(MARKER) - 1)
+
+static uint8_t page[PAGE_BYTES];
+
+/* The part of the region that is there, and the desks. */
+static bool is_found(struct store *store, const void *what, size_t bytes)
+{
+	const struct region *region = store->region;
+	const char *base = (const char *)region->header;
+	off_t end = (off_t)region->header->total_bytes, at = 0;
+
+	while (at < end && (at = lseek(region->fd, at, SEEK_DATA)) >= 0) {
+		off_t hole = lseek(region->fd, at, SEEK_HOLE);
+
+		if (memmem(base + at, (size_t)(hole - at), what, bytes))
+			return true;
+		at = hole;
+	}
+	return memmem(store->scratch, sizeof(struct scratch) * REGION_NR_COUNTERS, what, bytes);
+}
+
+static bool marker_is_found(struct store *store)
+{
+	return is_found(store, MARKER, MARKER_BYTES);
+}
+
+/* A page with the marker in it, kept as LZ4 (the marker is a literal) or raw. */
+static void write_marker(struct store *store, uint64_t index, enum page_kind kind)
+{
+	make_page(page, kind, index + 1);
+	memcpy(page + 1000, MARKER, MARKER_BYTES);
+	assert_int_equal(store_write(store, index, 1, page), 1);
+	assert_true(marker_is_found(store));
+}
+
+static void write_plain(struct store *store, uint64_t index, enum page_kind kind)
+{
+	make_page(page, kind, index + 1);
+	assert_int_equal(store_write(store, index, 1, page), 1);
+}
+
+static void with_each(void (*test)(struct store *, enum page_kind))
+{
+	static const uint32_t chunk_sizes[] = {4096, 16384, 65536};
+
+	for (size_t c = 0; c < ARRAY_SIZE(chunk_sizes); c++) {
+		for (int k = 0; k < 2; k++) {
+			int fd = open_memory();
+			struct store *store =
+				open_store(fd, NR_PAGES, chunk_sizes[c], 0, 128 * KIB);
+
+			for (uint64_t i = 0; i < 40; i++)
+				write_plain(store, i, (enum page_kind)(i % NR_PAGE_KINDS));
+			test(store, k ? PAGE_RANDOM : PAGE_SPARSE);
+			assert_sound(store);
+			store_destroy(store);
+			close(fd);
+		}
+	}
+}
+
+static void discarded(struct store *store, enum page_kind kind)
+{
+	write_marker(store, 50, kind);
+	assert_int_equal(store_discard(store, 50, 1), 1);
+	assert_false(marker_is_found(store));
+}
+
+static void test_discarded_pages_are_gone(void **state)
+{
+	(void)state;
+	with_each(discarded);
+}
+
+static void overwritten(struct store *store, enum page_kind kind)
+{
+	write_marker(store, 50, kind);
+	write_plain(store, 50, PAGE_TEXT);
+	assert_false(marker_is_found(store));
+	write_marker(store, 50, kind);
+	write_plain(store, 50, PAGE_WORD_64);
+	assert_false(marker_is_found(store));
+}
+
+static void test_overwritten_pages_are_gone(void **state)
+{
+	(void)state;
+	with_each(overwritten);
+}
+
+static void punched(struct store *store, enum page_kind kind)
+{
+	write_marker(store, 50, kind);
+	assert_int_equal(store_punch(store, 50 * PAGE_BYTES + 900, 300), 0);
+	assert_false(marker_is_found(store));
+}
+
+static void test_punched_bytes_are_gone(void **state)
+{
+	(void)state;
+	with_each(punched);
+}
+
+static void partly_read_and_changed(struct store *store, enum page_kind kind)
+{
+	uint8_t bytes[64];
+
+	write_marker(store, 50, kind);
+	assert_int_equal(store_pread(store, 50 * PAGE_BYTES + 1000, 20, bytes), 20);
+	assert_int_equal(store_pwrite(store, 50 * PAGE_BYTES + 3000, 20, bytes), 20);
+	assert_int_equal(store_discard(store, 50, 1), 1);
+	assert_false(marker_is_found(store));
+}
+
+/* Reading or changing a part of a page leaves no copy of the rest behind. */
+static void test_partial_requests_leave_nothing(void **state)
+{
+	(void)state;
+	with_each(partly_read_and_changed);
+}
+
+static void moved(struct store *store, enum page_kind kind)
+{
+	for (uint64_t i = 50; i < 110; i++)
+		write_marker(store, i, kind);
+	for (uint64_t i = 50; i < 110; i++)
+		if (i % 7)
+			assert_int_equal(store_discard(store, i, 1), 1);
+	store_compact(store, UINT64_MAX);
+	assert_sound(store);
+	store_discard(store, 50, 60);
+	assert_false(marker_is_found(store));
+}
+
+/* Compaction leaves no copy where a page was. */
+static void test_moved_pages_are_gone(void **state)
+{
+	(void)state;
+	with_each(moved);
+}
+
+static void refused(struct store *store, enum page_kind kind)
+{
+	struct store *small;
+	int fd = open_memory();
+
+	(void)store;
+	small = open_store(fd, NR_PAGES, 65536, 64 * KIB, 0);
+	for (uint64_t i = 0; i < 20; i++) {
+		make_page(page, PAGE_RANDOM, i);
+		store_write(small, i, 1, page);
+	}
+	make_page(page, PAGE_RANDOM, kind);
+	memcpy(page + 1000, MARKER, MARKER_BYTES);
+	assert_int_equal(store_write(small, 100, 1, page), -ENOSPC);
+	assert_false(marker_is_found(small));
+	store_destroy(small);
+	close(fd);
+}
+
+/* A write that was refused was never there. */
+static void test_refused_pages_are_gone(void **state)
+{
+	(void)state;
+	with_each(refused);
+}
+
+/* The word of a same-filled page, in the slot or in the word table. */
+static void test_repeated_words_are_gone(void **state)
+{
+	const uint64_t word = 0xf1e2d3c4b5a69788;
+	int fd = open_memory();
+	struct store *store = open_store(fd, NR_PAGES, 65536, 0, 0);
+
+	(void)state;
+	for (int round = 0; round < 3; round++) {
+		fill_word(page, word);
+		assert_int_equal(store_write(store, 3, 1, page), 1);
+		assert_true(is_found(store, &word, sizeof(word)));
+		if (round == 0)
+			assert_int_equal(store_discard(store, 3, 1), 1);
+		else if (round == 1)
+			write_plain(store, 3, PAGE_WORD_64);
+		else
+			write_plain(store, 3, PAGE_TEXT);
+		assert_false(is_found(store, &word, sizeof(word)));
+	}
+	assert_sound(store);
+	store_destroy(store);
+	close(fd);
+}
+
+/* What a dead worker left half done is gone after the rebuild. */
+static void test_orphans_are_gone_after_rebuild(void **state)
+{
+	int fd = open_memory();
+	struct store *store = open_store(fd, NR_PAGES, 65536, 0, 0);
+
+	(void)state;
+	for (uint64_t i = 0; i < 30; i++)
+		write_plain(store, i, PAGE_TEXT);
+	write_marker(store, 50, PAGE_SPARSE);
+	write_marker(store, 51, PAGE_RANDOM);
+	for (uint64_t i = 30; i < 40; i++)
+		write_plain(store, i, PAGE_TEXT);
+	atomic_store(&store->region->slots[50], 0);
+	atomic_store(&store->region->slots[51], 0);
+	store_destroy(store);
+	assert_int_equal(store_adopt(&store, fd), 0);
+	assert_sound(store);
+	assert_false(marker_is_found(store));
+	store_destroy(store);
+	close(fd);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_discarded_pages_are_gone),
+		cmocka_unit_test(test_overwritten_pages_are_gone),
+		cmocka_unit_test(test_punched_bytes_are_gone),
+		cmocka_unit_test(test_partial_requests_leave_nothing),
+		cmocka_unit_test(test_moved_pages_are_gone),
+		cmocka_unit_test(test_refused_pages_are_gone),
+		cmocka_unit_test(test_repeated_words_are_gone),
+		cmocka_unit_test(test_orphans_are_gone_after_rebuild),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
