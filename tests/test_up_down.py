@@ -73,24 +73,49 @@ def test_sigterm_changes_nothing_under_live_swap(swapped_on: Callable[..., Swapp
     assert swap.stats()["DiskSize"] == 128 << 10
 
 
-def test_down_brings_pages_back(swapped_on: Callable[..., Swapped], corpus_file: Path) -> None:
-    """A process whose pages are in swap keeps them, byte for byte."""
-    swap = swapped_on("--size", "512M")
+def _swapped_out(swap: Swapped, corpus_file: Path) -> "subprocess.Popen[str]":
+    """Return a load of 160 MiB, most of it in swap; its cgroup has 64 MiB."""
     load = swap.load(64, sys.executable, LOAD, corpus_file, 160, 5, 6)
     for _ in range(200):
         if swap.stats()["PagesStored"] > 20_000:
             break
         time.sleep(0.05)
-    root = swap.groups[0]
+    return load
+
+
+def _limit(group: Path, mib: int) -> None:
     for name in ("memory.limit_in_bytes", "memory.max"):
-        if (root / name).exists():
-            (root / name).write_text(str(512 << 20))
+        if (group / name).exists():
+            (group / name).write_text(str(mib << 20))
+
+
+def test_down_brings_pages_back(swapped_on: Callable[..., Swapped], corpus_file: Path) -> None:
+    """A process whose pages are in swap keeps them, byte for byte."""
+    swap = swapped_on("--size", "512M")
+    load = _swapped_out(swap, corpus_file)
+    _limit(swap.groups[0], 512)
     done = zswapfs("down", swap.path)
     assert done.returncode == 0, done.stderr
     _nothing_is_left(swap.path)
     out, _ = load.communicate(timeout=120)
     assert load.returncode == 0
     assert " 0 wrong" in out
+
+
+def test_down_kills_nobody_in_a_full_cgroup(
+    swapped_on: Callable[..., Swapped], corpus_file: Path
+) -> None:
+    """The machine has room, the cgroup has none: said in one line, and all goes on."""
+    swap = swapped_on("--size", "512M")
+    load = _swapped_out(swap, corpus_file)
+    done = zswapfs("down", swap.path)
+    assert done.returncode == 1
+    assert f"memory cgroup {swap.groups[0]} has " in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert swap.device in Path("/proc/swaps").read_text()
+    assert load.poll() is None
+    load.kill()
+    load.communicate()
 
 
 def test_down_without_memory_says_so(swapped_on: Callable[..., Swapped], place: Path) -> None:

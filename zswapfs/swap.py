@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ SOURCE_UP = "zswapfs-up"
 """What /proc/mounts names a mount that ``up`` made: it may be taken down without a question."""
 SOURCE_MOUNT = "zswapfs"
 _LOCK = Path("/run/lock/zswapfs")
+_LIMIT_V1, _LIMIT_V2 = "memory.limit_in_bytes", "memory.max"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ class State:
     """Loop devices on its swap file."""
     swaps: tuple[Swap, ...]
     """Of these, which are swapped on."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A memory cgroup that has a limit; bytes, with all below it."""
+
+    path: Path
+    swapped: int
+    """Of its pages, what is in swap, whichever."""
+    room: int
+    """What it can take back: below its limit, and in place of its page cache."""
 
 
 def run(*words: str, timeout: float | None = TIMEOUT) -> str:
@@ -164,8 +176,44 @@ def available_bytes() -> int:
     return values["MemAvailable"]
 
 
+def _group_at(limit_file: Path) -> Group:
+    group = limit_file.parent
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    if limit_file.name == _LIMIT_V2:
+        prefix = ""
+        used = int((group / "memory.current").read_text())
+        swapped = int((group / "memory.swap.current").read_text())
+    else:
+        prefix = "total_"
+        used = int((group / "memory.usage_in_bytes").read_text())
+        swapped = int((group / "memory.memsw.usage_in_bytes").read_text()) - used
+    cache = sum(int(stat[f"{prefix}{age}_file"]) for age in ("active", "inactive"))
+    return Group(group, swapped, int(limit_file.read_text()) - used + cache)
+
+
+def groups_below(root: Path) -> list[Group]:
+    """Return the memory cgroups at and below ``root``, of either version, that have a limit."""
+    found = []
+    for name in (_LIMIT_V1, _LIMIT_V2):
+        for limit_file in sorted(root.rglob(name)):
+            # Gone by now (OSError), 'max' (ValueError), or with swap not accounted (OSError).
+            with suppress(OSError, ValueError):
+                found.append(_group_at(limit_file))
+    return found
+
+
+def _group_roots() -> Iterator[Path]:
+    for line in _read("/proc/self/mounts"):
+        _, path, kind, options = line.split()[:4]
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+            yield Path(_unescape(path))
+
+
 def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
     """Turn swap off, if memory can take the pages back. Raises SetupError with all left as it was.
+
+    Where a memory cgroup's limit leaves no room, the kernel does not refuse: it kills what is in
+    the cgroup. So that is looked at before, too.
 
     swapoff has no timeout: it reads every page back, and interrupted it leaves some behind.
     """
@@ -178,6 +226,13 @@ def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
             f"{mountpoint}: {need >> 20} MiB are in swap and only {have >> 20} MiB of memory "
             "are free to take them back; nothing was changed"
         )
+    for group in (group for root in _group_roots() for group in groups_below(root)):
+        if min(group.swapped, need) > group.room + others:
+            raise SetupError(
+                f"{mountpoint}: memory cgroup {group.path} has {group.swapped >> 20} MiB in swap "
+                f"and room for {max(group.room, 0) >> 20} MiB: its processes would be killed; "
+                "raise its limit; nothing was changed"
+            )
     for swap in swaps:
         run("swapoff", swap.device, timeout=None)
 
