@@ -18,8 +18,10 @@ import pytest
 
 TOP = Path(__file__).resolve().parent.parent
 ZSWAPFS = Path(sys.executable).with_name("zswapfs")
-PREFIX = "zswapfs-test-"
-"""What every mountpoint and cgroup of these tests begins with; how leftovers are found."""
+PREFIX = "zswapfs-tests-"
+"""What every mountpoint and cgroup of these tests begins with, then the process that made it:
+how leftovers are found, and told from what another run is using."""
+MINE = f"{PREFIX}{os.getpid()}-"
 TIMEOUT = 60
 
 
@@ -95,26 +97,35 @@ def take_down(mountpoint: Path) -> None:
         run("umount", "-l", mountpoint)
 
 
+def _is_leftover(path: str) -> bool:
+    """Say whether a path is of a run of these tests that has ended."""
+    run_of = re.search(rf"/{PREFIX}(\d+)-", path)
+    return run_of is not None and not Path("/proc", run_of[1]).exists()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_slate() -> None:
     """Take down what a killed run left."""
-    if missing() is not None:
+    root = cgroup_root()
+    if missing() is not None or root is None:
         return
     for line in Path("/proc/self/mounts").read_text().splitlines():
-        if f"/{PREFIX}" in line and "fuse.zswapfs" in line:
-            take_down(Path(line.split()[1]))
+        mountpoint, kind = line.split()[1:3]
+        if kind == "fuse.zswapfs" and _is_leftover(mountpoint):
+            take_down(Path(mountpoint))
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-    root = cgroup_root()
-    for group in root.glob(f"{PREFIX}*") if root else ():
-        with contextlib.suppress(OSError):
-            group.rmdir()
+        if _is_leftover(str(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+    for group in root.glob(f"{PREFIX}*"):
+        if _is_leftover(str(group)):
+            with contextlib.suppress(OSError):
+                group.rmdir()
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
     """Return an empty directory to mount at; whatever is there afterwards goes."""
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    folder = Path(tempfile.mkdtemp(prefix=MINE))
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
     yield mountpoint
@@ -188,7 +199,7 @@ class Swapped(Mounted):
         """Start a command in a new memory cgroup."""
         root = cgroup_root()
         assert root is not None
-        group = root / f"{PREFIX}{uuid.uuid4().hex[:8]}"
+        group = root / f"{MINE}{uuid.uuid4().hex[:8]}"
         group.mkdir()
         self.groups.append(group)
         v1 = group / "memory.limit_in_bytes"
