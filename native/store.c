@@ -382,7 +382,8 @@ static void clear_staged(struct scratch *s, uint32_t nr)
 	for (uint32_t i = 0; i < nr; i++) {
 		struct staged *staged = &s->staged[i];
 
-		if (staged_has_block(staged)) /* a raw page was given up after any number of bytes */
+		if (staged_has_block(
+			    staged)) /* a raw page was given up after any number of bytes */
 			memset(s->compressed[i], 0,
 			       staged->state == SLOT_STATE_LZ4 ? staged->length : CODEC_MAX_BYTES);
 		staged->value = 0;
