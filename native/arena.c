@@ -201,8 +201,12 @@ void arena_lock(struct arena *arena)
 
 void arena_yield_lock(struct arena *arena)
 {
-	while (atomic_load_explicit(&arena->waiting, memory_order_relaxed))
-		slot_relax();
+	/* With one CPU, whoever waits may be waiting for this thread to leave it. */
+	for (int i = 0; atomic_load_explicit(&arena->waiting, memory_order_relaxed); i++)
+		if (i < LOCK_SPINS)
+			slot_relax();
+		else
+			sched_yield();
 	lock_spinning(arena);
 }
 
