@@ -165,6 +165,30 @@ def test_corner_cases_in_process(corpus: list[bytes], chunk_size: int, kind: str
                 assert store.read(index) == page
 
 
+def test_whole_os_pages_of_the_last_chunk_go_back(corpus: list[bytes]) -> None:
+    """What no round can win is less than a chunk; most of that goes back too, again and again."""
+    with Store(4000) as store:
+        for turn in range(3):
+            for index in range(2000):
+                store.write(index, corpus[(index + turn) % len(corpus)])
+            for index in range(5 + turn, 2000):
+                store.discard(index)
+            store.compact()
+            store.check()
+            stats = store.stats()
+            assert stats.mem_used_bytes % 65536 != 0
+            assert stats.mem_used_bytes < stats.nr_chunks * 65536
+            assert stats.mem_used_bytes - stats.compr_bytes < 12 << 10
+            for index in range(5 + turn):
+                assert store.read(index) == corpus[(index + turn) % len(corpus)]
+            store.rebuild()
+            store.check()
+        store.discard(0, 4000)
+        store.compact()
+        store.check()
+        assert store.stats().mem_used_bytes == 0
+
+
 def test_the_gears(corpus: list[bytes]) -> None:
     """Fast where much can be won, or the limit is near; gently otherwise."""
     options = Options(size=1 << 30)
