@@ -225,6 +225,22 @@ static bool wants_return(const struct region *region)
 	       region->stale != CHUNK_NONE;
 }
 
+static bool keeper_has_work(const struct region *region)
+{
+	return (wants_refill(region) && !region->refill_error) ||
+	       (wants_return(region) && !region->held);
+}
+
+/* Wake whoever waits for what has just changed: the keeper for work, and those who wait for a chunk,
+ * who may have got one, or no reason to wait any longer. */
+static void tell(struct region *region)
+{
+	if (keeper_has_work(region))
+		pthread_cond_signal(&region->work);
+	if (region->nr_ready || !wants_refill(region))
+		pthread_cond_broadcast(&region->change);
+}
+
 static int compare_chunks(const void *a, const void *b)
 {
 	uint32_t x = *(const uint32_t *)a;
@@ -364,8 +380,7 @@ static void *keeper_main(void *arg)
 
 	pthread_mutex_lock(&region->lock);
 	while (!region->stop) {
-		if (!(wants_refill(region) && !region->refill_error) &&
-		    !(wants_return(region) && !region->held)) {
+		if (!keeper_has_work(region)) {
 			pthread_cond_wait(&region->work, &region->lock);
 			continue;
 		}
@@ -475,8 +490,7 @@ int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 		region->nr_used++;
 		note_max_used(region);
 	}
-	if (wants_refill(region))
-		pthread_cond_signal(&region->work);
+	tell(region);
 	pthread_mutex_unlock(&region->lock);
 	return rv;
 }
@@ -501,8 +515,7 @@ void region_give_chunk(struct region *region, uint32_t chunk)
 	list_push(region, &region->ready, chunk, CHUNK_READY);
 	region->nr_ready++;
 	region->nr_used--;
-	if (wants_return(region) && !region->held)
-		pthread_cond_signal(&region->work);
+	tell(region);
 	pthread_mutex_unlock(&region->lock);
 }
 
@@ -513,8 +526,7 @@ void region_give_punched(struct region *region, uint32_t chunk)
 	pthread_mutex_lock(&region->lock);
 	list_push(region, &region->stale, chunk, CHUNK_RETURNING);
 	region->nr_used--;
-	if (!region->held)
-		pthread_cond_signal(&region->work);
+	tell(region);
 	pthread_mutex_unlock(&region->lock);
 }
 
@@ -532,6 +544,7 @@ void region_hold(struct region *region, uint32_t chunks)
 {
 	pthread_mutex_lock(&region->lock);
 	region->held = chunks;
+	tell(region);
 	pthread_mutex_unlock(&region->lock);
 }
 
