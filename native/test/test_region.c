@@ -393,6 +393,46 @@ static void test_failed_populate_is_enospc_until_it_works(void **state)
 	close_region(&f);
 }
 
+struct waiter {
+	struct region *region;
+	_Atomic int rv;
+};
+
+static void *wait_for_chunk(void *arg)
+{
+	struct waiter *w = arg;
+
+	w->rv = region_wait_ready(w->region, false);
+	return NULL;
+}
+
+/* Whoever waits for the keeper takes a chunk that somebody gives back meanwhile. */
+static void test_given_chunk_ends_the_wait(void **state)
+{
+	struct fixture f;
+	struct waiter w;
+	pthread_t thread;
+	uint32_t c;
+
+	(void)state;
+	w.region = open_region(&f, 100000, CHUNK, 0, CHUNK);
+	w.rv = 1;
+	c = take(f.region);
+	await_ready(f.region, 1);
+	pthread_mutex_lock(&f.region->keeping); /* the keeper can do nothing */
+	take(f.region);
+	pthread_create(&thread, NULL, wait_for_chunk, &w);
+	usleep(20000);
+	assert_int_equal(w.rv, 1);
+	give(f.region, c);
+	for (int i = 0; i < 2000 && w.rv == 1; i++)
+		usleep(1000);
+	assert_int_equal(w.rv, 0);
+	pthread_mutex_unlock(&f.region->keeping);
+	pthread_join(thread, NULL);
+	close_region(&f);
+}
+
 /* The Nth populate fails, for each N: nothing is lost, nothing is counted twice. */
 static void test_each_failed_populate_is_survived(void **state)
 {
@@ -543,6 +583,7 @@ int main(void)
 		cmocka_unit_test(test_one_chunk_is_enough),
 		cmocka_unit_test(test_punched_chunk_comes_back),
 		cmocka_unit_test(test_failed_populate_is_enospc_until_it_works),
+		cmocka_unit_test(test_given_chunk_ends_the_wait),
 		cmocka_unit_test(test_each_failed_populate_is_survived),
 		cmocka_unit_test(test_interrupted_calls_are_repeated),
 		cmocka_unit_test(test_without_populate_advice),
