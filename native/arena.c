@@ -372,7 +372,8 @@ int arena_free(struct arena *arena, uint64_t place)
 			class_remove(arena, place);
 		block_absorb(arena, place);
 	}
-	if (chunk->nr_blocks == 0)
+	if (chunk->nr_blocks == 0 &&
+	    block_words(block_at(arena, place)) == arena->region->chunk_words)
 		chunk_close(arena, c);
 	else if (!chunk->flags)
 		class_insert(arena, place);

@@ -64,12 +64,12 @@ enum chunk_state {
 };
 
 struct chunk {
-	uint32_t next, prev; /* HOLE, READY: next in the list; USED: the arena's lists */
-	uint16_t live_words; /* USED: words in allocated blocks, headers included */
-	uint16_t nr_blocks;  /* USED: allocated blocks */
+	uint32_t next, prev;   /* HOLE, READY: next in the list; USED: the arena's lists */
+	uint16_t live_words;   /* USED: words in allocated blocks, headers included */
+	uint16_t nr_blocks;    /* USED: allocated blocks */
 	_Atomic uint8_t state; /* changed under region->lock, looked at under arena->lock, too */
-	uint8_t flags;	  /* USED: CHUNK_ISOLATED, CHUNK_PUNCHED */
-	uint16_t punched; /* USED: OS pages that went back from within free blocks */
+	uint8_t flags;	       /* USED: CHUNK_ISOLATED, CHUNK_PUNCHED */
+	uint16_t punched;      /* USED: OS pages that went back from within free blocks */
 };
 
 /* A USED chunk is in one of the arena's lists unless it is ISOLATED; its free blocks are in free
