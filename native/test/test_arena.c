@@ -537,6 +537,17 @@ static void mark_damaged(struct fixture *f, uint64_t place)
 		f->pieces[i].is_damaged |= f->pieces[i].place == place;
 }
 
+static void assert_unused_chunks_zero(struct region *region)
+{
+	static const uint8_t zeroes[65536];
+
+	pthread_mutex_lock(&region->keeping);
+	for (uint32_t c = 0; c < atomic_load(&region->header->nr_chunks_touched); c++)
+		if (region->chunks[c].state != CHUNK_USED)
+			assert_memory_equal(region->arena + c * 16384, zeroes, 65536);
+	pthread_mutex_unlock(&region->keeping);
+}
+
 /* After damage: use the arena in every way, and see that no other block's content changes. */
 static void use_damaged_arena(struct fixture *f, uint64_t seed)
 {
@@ -561,6 +572,7 @@ static void use_damaged_arena(struct fixture *f, uint64_t seed)
 	while (f->nr)
 		drop(f, f->nr - 1);
 	arena_check(&f->arena, message);
+	assert_unused_chunks_zero(f->arena.region);
 }
 
 /* Any one bit of any header flipped, allocated or free, links included: memory may be lost until
