@@ -376,17 +376,17 @@ static void replace_word(struct store *store, uint64_t index, uint64_t old, uint
 	slot_swing(slot, word);
 }
 
-/* Leave nothing of a page on the desk. */
+/* Leave nothing of a page on the desk. A raw page was given up after any number of bytes. */
 static void clear_staged(struct scratch *s, uint32_t nr)
 {
 	for (uint32_t i = 0; i < nr; i++) {
-		struct staged *staged = &s->staged[i];
+		const struct staged *staged = &s->staged[i];
 
-		if (staged_has_block(
-			    staged)) /* a raw page was given up after any number of bytes */
-			memset(s->compressed[i], 0,
-			       staged->state == SLOT_STATE_LZ4 ? staged->length : CODEC_MAX_BYTES);
-		staged->value = 0;
+		if (staged->state == SLOT_STATE_LZ4)
+			memset(s->compressed[i], 0, staged->length);
+		else if (staged->state == SLOT_STATE_RAW)
+			memset(s->compressed[i], 0, CODEC_MAX_BYTES);
+		s->staged[i].value = 0;
 	}
 }
 
@@ -394,7 +394,7 @@ uint32_t store_commit(struct store *store, struct scratch *s, uint64_t index, ui
 {
 	slot_t *slots = store->region->slots + index;
 	uint32_t stored = allocate_blocks(store, s, index, nr);
-	bool sound[STORE_BATCH];
+	bool sound[STORE_BATCH] = {false};
 
 	for (uint32_t i = 0; i < stored; i++) {
 		fill_block(store, &s->staged[i], index + i, s->old[i]);
