@@ -11,10 +11,9 @@
 
 static uint8_t page[PAGE_BYTES];
 
-/* The part of the region that is there, and the desks. */
-static bool is_found(struct store *store, const void *what, size_t bytes)
+/* In the part of the region that is there? */
+static bool region_holds(const struct region *region, const void *what, size_t bytes)
 {
-	const struct region *region = store->region;
 	const char *base = (const char *)region->header;
 	off_t end = (off_t)region->header->total_bytes, at = 0;
 
@@ -25,7 +24,19 @@ static bool is_found(struct store *store, const void *what, size_t bytes)
 			return true;
 		at = hole;
 	}
-	return memmem(store->scratch, sizeof(struct scratch) * REGION_NR_COUNTERS, what, bytes);
+	return false;
+}
+
+/* In the region, or on one of the desks? */
+static bool is_found(struct store *store, const void *what, size_t bytes)
+{
+	bool found;
+
+	pthread_mutex_lock(&store->region->keeping);
+	found = region_holds(store->region, what, bytes);
+	pthread_mutex_unlock(&store->region->keeping);
+	return found ||
+	       memmem(store->scratch, sizeof(struct scratch) * REGION_NR_COUNTERS, what, bytes);
 }
 
 static bool marker_is_found(struct store *store)
