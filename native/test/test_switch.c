@@ -185,6 +185,7 @@ static void test_other_files_fallocate_is_answered_here(void **state)
 
 static void test_fsync_is_answered_here_for_the_swap_file_only(void **state)
 {
+	struct fuse_flush_in flush = {.fh = 1};
 	struct fuse_fsync_in in = {.fh = 1};
 	struct world w;
 
@@ -195,6 +196,12 @@ static void test_fsync_is_answered_here_for_the_swap_file_only(void **state)
 	assert_int_equal(got.bytes, sizeof(got.out));
 	assert_false(readable(w.python, 20));
 	make(&w, FUSE_FSYNC, OTHER, &in, sizeof(in));
+	post(&w);
+	receive(w.python);
+	make(&w, FUSE_FLUSH, SWAP, &flush, sizeof(flush));
+	assert_int_equal(ask(&w), 0);
+	assert_false(readable(w.python, 20));
+	make(&w, FUSE_FLUSH, OTHER, &flush, sizeof(flush));
 	post(&w);
 	receive(w.python);
 	stop(&w);
@@ -293,6 +300,7 @@ static const struct malformed {
 	{FUSE_FALLOCATE, OTHER, 0, 4096, 32, 1, 0},
 	{FUSE_FSYNC, SWAP, 0, 0, 15, 0, 0},
 	{FUSE_FSYNC, SWAP, 0, 0, 24, 0, 0},
+	{FUSE_FLUSH, SWAP, 0, 0, 16, 0, 0},
 	{FUSE_GETATTR, OTHER, 0, 0, 16, 1, 0},
 	{FUSE_GETATTR, OTHER, 0, 0, 16, 0, 3},
 	{FUSE_INIT, 0, 0, 0, 15, 0, 0},
