@@ -472,13 +472,11 @@ int arena_isolate(struct arena *arena, uint32_t c)
 {
 	int rv = chunk_tiles(arena, c);
 
-	if (rv)
-		return rv;
-	if (!arena->region->chunks[c].flags)
+	if (!rv && !arena->region->chunks[c].flags)
 		chunk_for_each_free(arena, c, class_remove);
 	chunk_unlist(arena, c);
 	arena->region->chunks[c].flags |= CHUNK_ISOLATED;
-	return 0;
+	return rv;
 }
 
 void arena_unisolate(struct arena *arena, uint32_t c)

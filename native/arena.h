@@ -116,7 +116,8 @@ void *arena_payload(const struct arena *arena, uint64_t place);
  * Nothing is allocated from an isolated chunk; frees in it go on. The last one gives it back.
  *
  * Context: arena->lock held; the chunk is USED.
- * Return: 0, -EUCLEAN (its blocks do not tile it; left alone).
+ * Return: 0, -EUCLEAN (its blocks do not tile it: it stays ISOLATED until store_rebuild(), so that
+ * compaction does not meet it again).
  */
 int arena_isolate(struct arena *arena, uint32_t chunk);
 

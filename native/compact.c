@@ -82,8 +82,10 @@ static bool add_source(struct store *store, struct compaction *c, uint32_t chunk
 	struct arena_block b = {.place = (uint64_t)chunk << store->region->chunk_shift};
 
 	if (c->nr_sources == MAX_SOURCES || c->live_words + entry->live_words > c->budget ||
-	    c->nr_moves + entry->nr_blocks > MAX_MOVES || arena_isolate(&store->arena, chunk))
+	    c->nr_moves + entry->nr_blocks > MAX_MOVES)
 		return false;
+	if (arena_isolate(&store->arena, chunk))
+		return true; /* damaged: set aside */
 	c->sources[c->nr_sources++] = chunk;
 	c->live_words += entry->live_words;
 	for (; arena_walk(&store->arena, chunk, &b) > 0; b.place += b.words)
