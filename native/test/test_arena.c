@@ -563,7 +563,7 @@ static void use_damaged_arena(struct fixture *f, uint64_t seed)
 			alloc(f, sizes[random_below(&seed, ARRAY_SIZE(sizes))]);
 		}
 		if (i % 20 == 10 && f->arena.region->chunks[0].state == CHUNK_USED &&
-		    arena_isolate(&f->arena, 0) == 0)
+		    !f->arena.region->chunks[0].flags && arena_isolate(&f->arena, 0) == 0)
 			arena_unisolate(&f->arena, 0);
 		for (uint32_t p = 0; p < f->nr; p++)
 			assert_piece_intact(f, &f->pieces[p]);

@@ -1,0 +1,319 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Tests of compact.c: how dense it packs, what it leaves alone, and what cannot stop it. (Kills at
+ * each step: test_crash.c; among other threads: test_threads.c.)
+ */
+#include "fixture.h"
+#include "block.h"
+
+#define NR_PAGES 3000
+
+static uint8_t page[PAGE_BYTES];
+
+struct scene {
+	int fd;
+	struct store *store;
+	uint64_t seeds[NR_PAGES]; /* 0: empty */
+	uint64_t seed;
+};
+
+static void scene_open(struct scene *s, uint32_t chunk_bytes, uint64_t mem_limit)
+{
+	memset(s, 0, sizeof(*s));
+	s->fd = open_memory();
+	s->store = open_store(s->fd, NR_PAGES, chunk_bytes, mem_limit, MIB);
+	s->seed = chunk_bytes;
+}
+
+static void scene_close(struct scene *s)
+{
+	store_destroy(s->store);
+	close(s->fd);
+}
+
+/* As memory pages compress: a third to a half mostly, some not at all. */
+static void make_mixed(uint64_t seed)
+{
+	if (seed % 16 == 0)
+		make_page(page, PAGE_RANDOM, seed);
+	else
+		make_page(page, PAGE_TEXT, seed);
+}
+
+static bool scene_write(struct scene *s, uint64_t i)
+{
+	uint64_t seed = next_random(&s->seed) | 1 << 20;
+
+	make_mixed(seed);
+	if (store_write(s->store, i, 1, page) != 1)
+		return false;
+	s->seeds[i] = seed;
+	return true;
+}
+
+static void scene_discard(struct scene *s, uint64_t i)
+{
+	assert_true(store_discard(s->store, i, 1) >= 0);
+	s->seeds[i] = 0;
+}
+
+/* All pages but @except hold what was written. */
+static void assert_content(struct scene *s, uint64_t except)
+{
+	uint8_t got[PAGE_BYTES];
+
+	for (uint64_t i = 0; i < NR_PAGES; i++) {
+		if (i == except)
+			continue;
+		if (s->seeds[i])
+			make_mixed(s->seeds[i]);
+		else
+			memset(page, 0, PAGE_BYTES);
+		assert_int_equal(store_read(s->store, i, 1, got), 1);
+		assert_memory_equal(got, page, PAGE_BYTES);
+	}
+}
+
+static void fill(struct scene *s)
+{
+	for (uint64_t i = 0; i < NR_PAGES; i++)
+		assert_true(scene_write(s, i));
+}
+
+static void discard_share(struct scene *s, uint32_t percent)
+{
+	for (uint64_t i = 0; i < NR_PAGES; i++)
+		if (random_below(&s->seed, 100) < percent)
+			scene_discard(s, i);
+}
+
+static double density(struct scene *s)
+{
+	struct store_stats now;
+
+	region_settle(s->store->region);
+	now = stats_of(s->store);
+	return (double)now.mem_used_bytes / (double)now.compr_bytes;
+}
+
+/* From any state back to nearly what the content needs; a second time there is nothing to win. */
+static void test_freed_memory_comes_back(void **state)
+{
+	(void)state;
+	for (uint32_t percent = 20; percent <= 95; percent += 25) {
+		static struct scene s;
+		struct store_stats before, after;
+		int64_t won;
+
+		scene_open(&s, 65536, 0);
+		fill(&s);
+		discard_share(&s, percent);
+		before = stats_of(s.store);
+		won = store_compact(s.store, UINT64_MAX);
+		after = stats_of(s.store);
+		assert_int_equal(won, before.mem_used_bytes - after.mem_used_bytes);
+		assert_that(density(&s) < 1.03 || after.nr_chunks < 8, "%u %% freed: %.3f", percent,
+			    density(&s));
+		assert_true(after.pages_compacted > 0);
+		assert_int_equal(store_compact(s.store, UINT64_MAX), 0);
+		assert_sound(s.store);
+		assert_content(&s, NR_PAGES);
+		scene_close(&s);
+	}
+}
+
+/* @max_bytes ends it early. */
+static void test_compaction_in_parts(void **state)
+{
+	static struct scene s;
+	uint64_t used;
+	int64_t won;
+	int parts = 0;
+
+	(void)state;
+	scene_open(&s, 65536, 0);
+	fill(&s);
+	discard_share(&s, 60);
+	while ((won = store_compact(s.store, 1)) > 0) {
+		assert_true(won <= 8 * (int64_t)MIB);
+		assert_sound(s.store);
+		parts++;
+	}
+	used = stats_of(s.store).mem_used_bytes;
+	store_compact(s.store, UINT64_MAX);
+	assert_int_equal(stats_of(s.store).mem_used_bytes, used);
+	assert_true(parts > 1);
+	assert_content(&s, NR_PAGES);
+	scene_close(&s);
+}
+
+/* Compaction never needs more memory afterwards, and what a full store refuses before it, it takes
+ * after it. */
+static void test_compaction_at_the_limit(void **state)
+{
+	(void)state;
+	for (uint32_t chunk = 8192; chunk <= 65536; chunk *= 2) {
+		for (uint64_t round = 0; round < 30; round++) {
+			static struct scene s;
+			struct store_stats before, after;
+
+			scene_open(&s, chunk, 16 * chunk);
+			s.seed += round;
+			for (int i = 0; i < 2000; i++) {
+				uint64_t at = random_below(&s.seed, 400);
+
+				if (random_below(&s.seed, 4))
+					scene_write(&s, at);
+				else
+					scene_discard(&s, at);
+			}
+			region_settle(s.store->region);
+			before = stats_of(s.store);
+			store_compact(s.store, UINT64_MAX);
+			after = stats_of(s.store);
+			assert_that(after.mem_used_bytes <= before.mem_used_bytes,
+				    "chunks of %u, round %llu: %llu bytes became %llu", chunk,
+				    (unsigned long long)round,
+				    (unsigned long long)before.mem_used_bytes,
+				    (unsigned long long)after.mem_used_bytes);
+			assert_sound(s.store);
+			assert_content(&s, NR_PAGES);
+			scene_close(&s);
+		}
+	}
+}
+
+/* A page that another thread holds is left where it is. */
+static void test_busy_pages_are_skipped(void **state)
+{
+	static struct scene s;
+
+	(void)state;
+	scene_open(&s, 65536, 0);
+	fill(&s);
+	discard_share(&s, 60);
+	for (uint64_t i = 7; i < NR_PAGES; i += 400)
+		slot_lock(&s.store->region->slots[i]);
+	assert_true(store_compact(s.store, UINT64_MAX) > 0);
+	for (uint64_t i = 7; i < NR_PAGES; i += 400)
+		slot_unlock(&s.store->region->slots[i]);
+	assert_sound(s.store);
+	store_compact(s.store, UINT64_MAX);
+	assert_that(density(&s) < 1.03, "%.3f", density(&s));
+	assert_content(&s, NR_PAGES);
+	scene_close(&s);
+}
+
+static bool has_block(struct scene *s, uint64_t i)
+{
+	return slot_has_block(atomic_load(&s->store->region->slots[i]));
+}
+
+static uint32_t chunk_of_page(struct scene *s, uint64_t i)
+{
+	return arena_chunk_of(&s->store->arena,
+			      slot_place(atomic_load(&s->store->region->slots[i])));
+}
+
+static struct block *block_of(struct scene *s, uint64_t i)
+{
+	return block_at(&s->store->arena, slot_place(atomic_load(&s->store->region->slots[i])));
+}
+
+/* A damaged page, whatever is damaged of it, keeps its chunk, and no other. */
+static void damage_is_no_obstacle(void (*damage)(struct scene *, uint64_t))
+{
+	static struct scene s;
+	uint64_t page_at = 0;
+	uint32_t chunk;
+
+	scene_open(&s, 65536, 0);
+	fill(&s);
+	discard_share(&s, 60);
+	while (!s.seeds[page_at] || !has_block(&s, page_at))
+		page_at++;
+	chunk = chunk_of_page(&s, page_at);
+	for (uint64_t i = 0; i < NR_PAGES; i++) /* the sparsest of all */
+		if (i != page_at && has_block(&s, i) && chunk_of_page(&s, i) == chunk)
+			scene_discard(&s, i);
+	damage(&s, page_at);
+	store_compact(s.store, UINT64_MAX);
+	assert_content(&s, page_at);
+	assert_that(density(&s) < 1.05, "%.3f", density(&s));
+	store_discard(s.store, page_at, 1);
+	assert_int_equal(store_rebuild(s.store), 0);
+	assert_sound(s.store);
+	scene_close(&s);
+}
+
+static void damage_slot(struct scene *s, uint64_t i)
+{
+	atomic_fetch_xor(&s->store->region->slots[i], 1ULL << 60);
+}
+
+static void damage_owner(struct scene *s, uint64_t i)
+{
+	block_of(s, i)->tag.owner ^= 1U << 31;
+}
+
+static void damage_checksum(struct scene *s, uint64_t i)
+{
+	block_of(s, i)->tag.checksum ^= 1;
+}
+
+static void damage_size(struct scene *s, uint64_t i)
+{
+	block_of(s, i)->size ^= 0x100;
+}
+
+static void damage_prev(struct scene *s, uint64_t i)
+{
+	block_of(s, i)->prev ^= 0x100;
+}
+
+static void test_damage_does_not_stop_compaction(void **state)
+{
+	(void)state;
+	damage_is_no_obstacle(damage_slot);
+	damage_is_no_obstacle(damage_owner);
+	damage_is_no_obstacle(damage_checksum);
+	damage_is_no_obstacle(damage_size);
+	damage_is_no_obstacle(damage_prev);
+}
+
+/* An empty store, one page, only raw pages, only same-filled ones. */
+static void test_nothing_to_win(void **state)
+{
+	static struct scene s;
+
+	(void)state;
+	scene_open(&s, 65536, 0);
+	assert_int_equal(store_compact(s.store, UINT64_MAX), 0);
+	for (uint64_t i = 0; i < 100; i++) {
+		make_page(page, PAGE_WORD_64, i);
+		assert_int_equal(store_write(s.store, i, 1, page), 1);
+	}
+	assert_int_equal(store_compact(s.store, UINT64_MAX), 0);
+	assert_int_equal(store_discard(s.store, 0, 100), 100);
+	for (uint64_t i = 0; i < 150; i++) {
+		make_page(page, PAGE_RANDOM, i);
+		assert_int_equal(store_write(s.store, i, 1, page), 1);
+	}
+	assert_int_equal(store_compact(s.store, UINT64_MAX), 0);
+	assert_sound(s.store);
+	scene_close(&s);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_freed_memory_comes_back),
+		cmocka_unit_test(test_compaction_in_parts),
+		cmocka_unit_test(test_compaction_at_the_limit),
+		cmocka_unit_test(test_busy_pages_are_skipped),
+		cmocka_unit_test(test_damage_does_not_stop_compaction),
+		cmocka_unit_test(test_nothing_to_win),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
