@@ -93,6 +93,11 @@ static uint64_t chunks_needed(const struct store_options *o)
 	return nr < most ? nr : most;
 }
 
+static uint64_t map_words(uint64_t nr_pages)
+{
+	return (nr_pages + TABLE_SLOTS * 64 - 1) / (TABLE_SLOTS * 64);
+}
+
 int region_format(int fd, const struct store_options *o)
 {
 	struct region_header h = {.magic = REGION_MAGIC};
@@ -106,8 +111,8 @@ int region_format(int fd, const struct store_options *o)
 	h.reserve_bytes = o->reserve_bytes;
 	h.nr_chunks = chunks_needed(o);
 	h.map_off = align_up(sizeof(h), PAGE_BYTES);
-	h.slot_off = align_up(h.map_off + (o->nr_pages + TABLE_SLOTS - 1) / TABLE_SLOTS / 8 + 8,
-			      PAGE_BYTES);
+	h.slot_off =
+		align_up(h.map_off + 2 * map_words(o->nr_pages) * sizeof(uint64_t), PAGE_BYTES);
 	h.word_off = align_up(h.slot_off + o->nr_pages * sizeof(slot_t), PAGE_BYTES);
 	h.chunk_off = align_up(h.word_off + o->nr_pages * 2 * sizeof(uint64_t), PAGE_BYTES);
 	h.arena_off = align_up(h.chunk_off + h.nr_chunks * sizeof(struct chunk), REGION_ALIGN);
@@ -165,6 +170,7 @@ int region_map(struct region **out, int fd)
 	madvise(base, h.total_bytes, MADV_DONTDUMP);
 	region->header = (struct region_header *)base;
 	region->map = (_Atomic uint64_t *)(base + h.map_off);
+	region->map_copy = region->map + map_words(h.nr_pages);
 	region->slots = (slot_t *)(base + h.slot_off);
 	region->words = (_Atomic uint64_t *)(base + h.word_off);
 	region->chunks = (struct chunk *)(base + h.chunk_off);
@@ -338,14 +344,6 @@ static void refill(struct region *region)
 	pthread_cond_broadcast(&region->change);
 }
 
-/* A batch at a time, each of which wakes who waits for it. */
-static void refill_all(struct region *region)
-{
-	do
-		refill(region);
-	while (!region->refill_error && !region->stop && region->nr_ready < reserve_target(region));
-}
-
 /* With both locks; drops region->lock meanwhile. */
 static void return_surplus(struct region *region)
 {
@@ -391,8 +389,12 @@ static void *keeper_main(void *arg)
 		/* First what comes back: near the limit, stale chunks are all there is to refill with. */
 		if (wants_return(region) && (!region->held || wants_refill(region)))
 			return_surplus(region);
-		if (wants_refill(region))
-			refill_all(region);
+		if (wants_refill(region)) {
+			do /* a batch at a time, each of which wakes who waits for it */
+				refill(region);
+			while (!region->refill_error && !region->stop &&
+			       region->nr_ready < reserve_target(region));
+		}
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_unlock(&region->keeping);
 		pthread_mutex_lock(&region->lock);

@@ -3,7 +3,8 @@
  * region - the shared memory that outlives a worker
  *
  *   0          header: format, geometry, counters
- *   map_off    one bit for each page of the slot table that was ever touched
+ *   map_off    one bit for each page of the slot table that was ever touched; twice, because a
+ *              bit that is lost would lose 512 pages without a word
  *   slot_off   slot table: a 64-bit slot for each page of the file
  *   word_off   word table: the repeated word of same-filled pages whose slot cannot hold it, two
  *              places for each page
@@ -79,7 +80,7 @@ struct chunk {
 
 struct region {
 	struct region_header *header;
-	_Atomic uint64_t *map;
+	_Atomic uint64_t *map, *map_copy;
 	slot_t *slots;
 	_Atomic uint64_t *words;
 	struct chunk *chunks;
@@ -187,17 +188,21 @@ void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint
 static inline bool region_touched(const struct region *region, uint64_t index)
 {
 	uint64_t page = index / TABLE_SLOTS;
+	uint64_t bits = atomic_load_explicit(&region->map[page / 64], memory_order_acquire) |
+			atomic_load_explicit(&region->map_copy[page / 64], memory_order_acquire);
 
-	return atomic_load_explicit(&region->map[page / 64], memory_order_acquire) >> page % 64 & 1;
+	return bits >> page % 64 & 1;
 }
 
 static inline void region_touch(struct region *region, uint64_t index)
 {
 	uint64_t page = index / TABLE_SLOTS;
 
-	if (!region_touched(region, index))
-		atomic_fetch_or_explicit(&region->map[page / 64], 1ULL << page % 64,
-					 memory_order_acq_rel);
+	if (region_touched(region, index))
+		return;
+	atomic_fetch_or_explicit(&region->map[page / 64], 1ULL << page % 64, memory_order_acq_rel);
+	atomic_fetch_or_explicit(&region->map_copy[page / 64], 1ULL << page % 64,
+				 memory_order_acq_rel);
 }
 
 #endif

@@ -151,11 +151,25 @@ static int check_gauges(struct store *store, const struct counters *tally, char 
 	return 0;
 }
 
+static int check_map(const struct store *store, char *message)
+{
+	for (uint64_t at = 0; at < store->nr_pages; at += TABLE_SLOTS * 64) {
+		uint64_t n = at / TABLE_SLOTS / 64;
+
+		if (store->region->map[n] != store->region->map_copy[n])
+			return FAULT(message, "the two maps of touched slots differ at page %llu",
+				     (unsigned long long)at);
+	}
+	return 0;
+}
+
 int store_check(struct store *store, char *message)
 {
 	struct tally tally = {0};
 	int rv = arena_check(&store->arena, message);
 
+	if (!rv)
+		rv = check_map(store, message);
 	for_each_touched(store, index) {
 		if (rv)
 			break;
@@ -301,6 +315,19 @@ static int64_t recount(struct store *store)
 	return damaged;
 }
 
+/* Where one map lost a bit, or a process died between the two, the other has it. */
+static void mend_map(struct store *store)
+{
+	struct region *region = store->region;
+
+	for (uint64_t at = 0; at < store->nr_pages; at += TABLE_SLOTS * 64) {
+		uint64_t n = at / TABLE_SLOTS / 64;
+
+		region->map[n] |= region->map_copy[n];
+		region->map_copy[n] |= region->map[n];
+	}
+}
+
 int64_t store_rebuild(struct store *store)
 {
 	uint32_t nr_chunks = atomic_load(&store->region->header->nr_chunks_touched);
@@ -311,6 +338,7 @@ int64_t store_rebuild(struct store *store)
 
 	if (!ends)
 		goto out;
+	mend_map(store);
 	nr = count_claims(store, ends);
 	claims = malloc((nr + 1) * sizeof(*claims));
 	if (!claims)
