@@ -37,7 +37,22 @@ def test_percent_is_of_memory() -> None:
     assert parse_size("50%", "size") == ram_bytes() // 2 // 4096 * 4096
 
 
-@pytest.mark.parametrize("text", ["", "G", "-1G", "8X", "1e9", "0x10", "8 G G", "%", "nan", "inf"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "G",
+        "-1G",
+        "8X",
+        "1e9",
+        "0x10",
+        "8 G G",
+        "%",
+        "nan",
+        "inf",
+        pytest.param(400 * "9", id="digits"),
+    ],
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     """The message names the option and the word."""
     with pytest.raises(ConfigError, match=r"size: .* is not a size"):
@@ -92,6 +107,13 @@ def test_the_last_word_counts_and_dashes_do_not_matter() -> None:
     """As everywhere in mount options."""
     limit = DEFAULT_RESERVE + CHUNK_BYTES
     assert parse_options(["size=1G,size=2G", f"mem-limit={limit}"]) == Options(2 << 30, limit)
+
+
+def test_options_as_words_are_the_same_options() -> None:
+    """What the daemon is started with."""
+    for words in ("size=1G", "size=3M,mem_limit=9M,reserve=2M,lanes=7,spin_us=0,compact_at=0.125"):
+        options = parse_options([words])
+        assert parse_options([options.words()]) == options
 
 
 def test_the_largest_size_is_accepted() -> None:

@@ -1,6 +1,7 @@
 """The store against a dict of bytes, with another LZ4 decoder as the judge of what is stored."""
 
 import errno
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from zswapfs.errors import CorruptPageError, StoreError
-from zswapfs.store import Store
+from zswapfs.store import Store, region_memory
 
 PAGE = 4096
 PAGES = 40
@@ -196,7 +197,14 @@ def test_what_makes_no_sense_is_refused() -> None:
             with pytest.raises(IndexError):
                 store.discard(index, count)
         assert store.stats().writes == 0
-    for bad in ({"nr_pages": 0}, {"nr_pages": 1 << 40}, {"nr_pages": 1, "chunk_size": 1000}):
+    for bad in (
+        {"nr_pages": 0},
+        {"nr_pages": 1 << 40},
+        {"nr_pages": 1, "chunk_size": 1000},
+        {"nr_pages": -1},
+        {"nr_pages": 1, "mem_limit": 0},
+        {"nr_pages": 1, "reserve": -1},
+    ):
         with pytest.raises(StoreError, match="Invalid argument"):
             Store(**bad)
 
@@ -206,6 +214,46 @@ def test_a_closed_store_can_be_closed_again() -> None:
     store = Store(10)
     store.close()
     store.close()
+
+
+def test_a_closed_store_refuses_everything() -> None:
+    """As files do."""
+    store = Store(10)
+    store.close()
+    for use in (
+        lambda: store.write(0, ZEROES),
+        lambda: store.read(0),
+        lambda: store.discard(0),
+        lambda: store.pread(0, 1),
+        lambda: store.pwrite(0, b"x"),
+        lambda: store.punch(0, 1),
+        lambda: store.stored(0),
+        store.compact,
+        store.check,
+        store.rebuild,
+        store.stats,
+    ):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+
+
+def test_a_region_is_adopted_by_the_next_store(corpus: list[bytes]) -> None:
+    """With all pages, whoever opened it first; what is no region is refused."""
+    fd, _ = region_memory()
+    try:
+        with Store(100, fd=fd) as store:
+            store.write(3, b"".join(corpus[:50]))
+        with Store.adopt(fd) as store:
+            assert store.nr_pages == 100
+            assert store.read(3, 50) == b"".join(corpus[:50])
+            assert store.read(0, 3) == 3 * ZEROES
+            store.check()
+    finally:
+        os.close(fd)
+    fd, _ = region_memory()
+    with pytest.raises(StoreError, match="Invalid argument"):
+        Store.adopt(fd)
+    os.close(fd)
 
 
 def test_a_full_store_says_so_and_recovers(corpus: list[bytes]) -> None:

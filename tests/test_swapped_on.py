@@ -4,6 +4,7 @@ import random
 import re
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,25 @@ pytestmark = pytest.mark.swapped
 LOAD = Path(__file__).with_name("load.py")
 
 
-def _dmesg() -> list[str]:
-    return run("dmesg").stdout.splitlines()
+class Kernel:
+    """What the kernel says from now on, and of what other tests may be using at the same time."""
+
+    def __init__(self) -> None:
+        self._mark = f"zswapfs-tests: {uuid.uuid4()}"
+        Path("/dev/kmsg").write_text(self._mark)
+
+    def said_of(self, device: str) -> list[str]:
+        """Return the lines about swap, loop devices and FUSE, but those about other devices."""
+        name = Path(device).name
+        number = (Path("/sys/block") / name / "dev").read_text().strip()
+        said = run("dmesg").stdout.partition(self._mark)[2].splitlines()[1:]
+        return [
+            line
+            for line in said
+            if re.search(r"loop|swap|fuse|hung|I/O error", line)
+            and set(re.findall(r"\bloop\d+", line)) <= {name}
+            and set(re.findall(r"\((7:\d+)[:)]", line)) <= {number}
+        ]
 
 
 def _expect(process: "object", code: int = 0) -> str:
@@ -29,7 +47,7 @@ def test_a_verifying_load_survives_and_its_memory_comes_back(
     swapped_on: Callable[..., Swapped], corpus_file: Path
 ) -> None:
     """640 MiB in a cgroup of 256 MiB: no wrong byte, no complaint, and 3 s later it is gone."""
-    lines = len(_dmesg())
+    kernel = Kernel()
     swap = swapped_on("--size", "1G")
     sysfs = Path("/sys/block") / Path(swap.device).name
     assert (sysfs / "loop/dio").read_text() == "1\n"
@@ -42,8 +60,7 @@ def test_a_verifying_load_survives_and_its_memory_comes_back(
     assert stats["PagesStored"] < 2000
     assert stats["MemUsedTotal"] < 8 << 10
     assert stats["FailedReads"] == stats["FailedWrites"] == stats["InvalidIO"] == 0
-    said = _dmesg()[lines:]
-    mine = [line for line in said if re.search("loop|swap|fuse|hung|I/O error", line)]
+    mine = kernel.said_of(swap.device)
     assert any(f"on {swap.device}." in line and "SSDsc" in line for line in mine)
     assert not [x for x in mine if "Adding" not in x and "capacity change" not in x]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ZSWAPFS, Mounted, Swapped, run, take_down, zswapfs
+from conftest import TIMEOUT, ZSWAPFS, Mounted, Swapped, run, take_down, zswapfs
 
 pytestmark = pytest.mark.swapped
 
@@ -107,6 +107,8 @@ def test_down_kills_nobody_in_a_full_cgroup(
 ) -> None:
     """The machine has room, the cgroup has none: said in one line, and all goes on."""
     swap = swapped_on("--size", "512M")
+    if len(Path("/proc/swaps").read_text().splitlines()) > 2:
+        pytest.skip("other swap is on, which can take the pages")
     load = _swapped_out(swap, corpus_file)
     done = zswapfs("down", swap.path)
     assert done.returncode == 1
@@ -236,3 +238,15 @@ def test_a_mountpoint_with_a_strange_name(place: Path) -> None:
         _nothing_is_left(strange)
     finally:
         take_down(strange)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_up_interrupted_at_any_moment_is_up_or_leaves_nothing(place: Path, number: int) -> None:
+    """From the first import to the end: never anything between."""
+    for step in range(8):
+        up = subprocess.Popen([ZSWAPFS, "up", place, "--size", "64M"], stderr=subprocess.DEVNULL)
+        time.sleep(0.05 * step)
+        up.send_signal(number)
+        if up.wait(TIMEOUT) == 0:
+            assert zswapfs("down", place).returncode == 0
+        _nothing_is_left(place)

@@ -4,10 +4,11 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -66,48 +67,37 @@ def _wait_ready(fd: int, mountpoint: Path) -> list[str]:
     return [line.removeprefix("note: ") for line in text.splitlines() if line.startswith("note: ")]
 
 
-def _become_daemon() -> None:
-    os.setsid()
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1):
-        os.dup2(null, fd)
-    os.close(null)
-    # Complaints go where the system's log is; without one, nowhere.
-    try:
-        log = os.open("/dev/kmsg", os.O_WRONLY)
-    except OSError:
-        log = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(log, 2)
-    os.close(log)
+def _start_daemon(mountpoint: Path, options: Options, fuse_fd: int) -> int:
+    """Start the daemon, with no other descriptor of ours; return where it says what it became."""
+    ready, says = os.pipe()
+    # It complains where the system's log is; without one, nowhere.
+    kmsg = Path("/dev/kmsg")
+    with (kmsg if os.access(kmsg, os.W_OK) else Path(os.devnull)).open("wb") as log:
+        subprocess.Popen(
+            supervisor.command(mountpoint, options, fuse_fd, says),
+            pass_fds=(fuse_fd, says),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    os.close(says)
+    os.close(fuse_fd)
+    return ready
 
 
 def _mount(mountpoint: Path, options: Options, source: str) -> list[str]:
     """Mount and leave a daemon behind; return its notes. Nothing is left after an error."""
     _check_mountpoint(mountpoint)
     fuse_fd = supervisor.mount_fuse(mountpoint, source)
-    ready, says = os.pipe()
-    if os.fork() == 0:
-        os.close(ready)
-        code = 1
-        try:
-            _become_daemon()
-            code = supervisor.serve(mountpoint, options, fuse_fd, says)
-        except (ZswapfsError, OSError) as error:
-            with suppress(OSError):
-                os.write(says, f"error: {error}\n".encode())
-        finally:
-            os._exit(code)
-    os.close(says)
-    os.close(fuse_fd)
     try:
-        return _wait_ready(ready, mountpoint)
-    except (SetupError, OSError):
+        with os.fdopen(_start_daemon(mountpoint, options, fuse_fd), "rb") as ready:
+            return _wait_ready(ready.fileno(), mountpoint)
+    except BaseException:  # interrupted, too
         with suppress(OSError):
             supervisor.unmount(mountpoint, lazily=True)
         raise
-    finally:
-        os.close(ready)
 
 
 def _unmount(mountpoint: Path) -> None:
@@ -136,18 +126,23 @@ def cli() -> None:
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @_OPTION_WORDS
 @click.option("-f", "foreground", is_flag=True, help="Stay in the foreground.")
-def mount_command(mountpoint: Path, words: tuple[str, ...], *, foreground: bool) -> None:
+@click.option("--source", default=swap.SOURCE_MOUNT, hidden=True)
+def mount_command(
+    mountpoint: Path, words: tuple[str, ...], source: str, *, foreground: bool
+) -> None:
     """Mount at MOUNTPOINT; return when the file is usable. umount(8) ends it."""
     _need_root()
     options = parse_options(list(words))
     target = _absolute(mountpoint)
     if not foreground:
-        _print_notes(_mount(target, options, swap.SOURCE_MOUNT))
+        _print_notes(_mount(target, options, source))
         return
     _check_mountpoint(target)
-    fuse_fd = supervisor.mount_fuse(target, swap.SOURCE_MOUNT)
+    fuse_fd = supervisor.mount_fuse(target, source)
     says = os.dup(sys.stderr.fileno())
-    sys.exit(supervisor.serve(target, options, fuse_fd, says))
+    for fd in (fuse_fd, says):
+        os.set_inheritable(fd, True)  # noqa: FBT003
+    os.execv(sys.executable, supervisor.command(target, options, fuse_fd, says))  # noqa: S606
 
 
 def _print_notes(notes: list[str]) -> None:
@@ -155,26 +150,38 @@ def _print_notes(notes: list[str]) -> None:
         click.echo(f"zswapfs: {note}", err=True)
 
 
-def _mend(mountpoint: Path, state: swap.State) -> None:
-    """Take down what an 'up' that was killed left behind."""
+def _take_down(mountpoint: Path, state: swap.State) -> None:
+    """Undo all of it, in the right order. Raises SetupError with what is left as it was."""
+    swap.swap_off(mountpoint, state.swaps)
     for device in state.loops:
         swap.detach(device)
-    if state.source == swap.SOURCE_UP:
+    if state.source is not None:
         _unmount(mountpoint)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _set_up(mountpoint: Path, options: Options, priority: int) -> tuple[str, list[str]]:
     """Mount, attach, swap on; whatever fails or interrupts takes all of it down again."""
-    with ExitStack() as undo:
-        if mountpoint == DEFAULT_MOUNTPOINT and not mountpoint.exists():
-            mountpoint.mkdir(mode=0o700)
-            undo.callback(mountpoint.rmdir)
+    is_new = mountpoint == DEFAULT_MOUNTPOINT and not mountpoint.exists()
+    if is_new:
+        mountpoint.mkdir(mode=0o700)
+    try:
         notes = _mount(mountpoint, options, swap.SOURCE_UP)
-        undo.callback(supervisor.unmount, mountpoint)
         device = swap.attach(mountpoint / "swap")
-        undo.callback(swap.detach, device)
         swap.swap_on(device, priority)
-        undo.pop_all()
+        _ignore_signals()  # it is up, and 'up' will say so
+    except BaseException:  # interrupted, too: at any moment, so look at what there is
+        _ignore_signals()
+        state = swap.state_of(mountpoint)
+        if state.source == swap.SOURCE_UP:
+            _take_down(mountpoint, state)
+        if is_new:
+            mountpoint.rmdir()
+        raise
     return device, notes
 
 
@@ -203,7 +210,7 @@ def up(
         if state.swaps:
             raise ConfigError(f"{target}: already up, on {state.swaps[0].device}")
         if state.source == swap.SOURCE_UP or (state.source is None and state.loops):
-            _mend(target, state)
+            _take_down(target, state)
         device, notes = _set_up(target, options, rank)
     _print_notes(notes)
     limit = (
@@ -222,11 +229,7 @@ def down(mountpoint: Path) -> None:
         state = swap.state_of(target)
         if not state.swaps and not state.loops and state.source != swap.SOURCE_UP:
             raise ConfigError(f"{target}: not up")
-        swap.swap_off(target, state.swaps)
-        for device in state.loops:
-            swap.detach(device)
-        if state.source is not None:
-            _unmount(target)
+        _take_down(target, state)
         if target == DEFAULT_MOUNTPOINT:
             with suppress(OSError):
                 target.rmdir()
@@ -327,4 +330,5 @@ def mount_helper() -> None:
     if len(places) != 2:  # noqa: PLR2004 source and mountpoint
         click.echo("usage: mount.fuse.zswapfs SOURCE MOUNTPOINT [-o OPTIONS]", err=True)
         sys.exit(2)
-    _guarded([*words, places[1]])
+    # The name that fstab gives it, or 'mount -a' would not know that it is mounted.
+    _guarded([*words, "--source", places[0], "--", places[1]])

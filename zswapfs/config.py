@@ -21,7 +21,7 @@ DEFAULT_RESERVE = 4 << 20
 _ALL = 100  # percent
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(
-    r"(?P<number>\d+(\.\d+)?)((?P<unit>[KMGT]?)(i?B)?|(?P<percent>%))", re.IGNORECASE
+    r"(?P<number>\d{1,18}(\.\d{1,18})?)((?P<unit>[KMGT]?)(i?B)?|(?P<percent>%))", re.IGNORECASE
 )
 
 IGNORED_MOUNT_OPTIONS = frozenset(
@@ -115,6 +115,11 @@ class Options:
     def nr_pages(self) -> int:
         """Pages of the swap file."""
         return self.size // PAGE_BYTES
+
+    def words(self) -> str:
+        """Return what ``parse_options`` makes the same options of."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ",".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 _PARSERS: dict[str, Callable[[str], int | float]] = {

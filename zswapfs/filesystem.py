@@ -4,11 +4,13 @@ Reads and writes of ``swap`` are answered by the lanes and do not get here.
 """
 
 import errno
+import logging
 import os
 import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyfuse3
 import trio
@@ -16,6 +18,9 @@ import trio
 from .config import PAGE_BYTES
 from .stats import Stats
 from .store import Store
+
+_T = TypeVar("_T")
+log = logging.getLogger("zswapfs")
 
 SWAP_INODE = pyfuse3.ROOT_INODE + 1
 ATTRIBUTES_LAST = 3600.0
@@ -44,6 +49,20 @@ _RENDER: dict[bytes, Callable[[Stats], str]] = {
     b".stats.json": Stats.json,
     b".metrics": Stats.prometheus,
 }
+
+
+async def _in_thread(call: Callable[[], _T]) -> _T:
+    """Run what may take long, or fail, beside the loop; an error becomes the request's answer.
+
+    Any other exception than FUSEError would end pyfuse3, and leave the request without an answer.
+    """
+    try:
+        return await trio.to_thread.run_sync(call)
+    except OSError as error:
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+    except Exception as error:
+        log.exception("a request failed")
+        raise pyfuse3.FUSEError(errno.EIO) from error
 
 
 class Filesystem(pyfuse3.Operations):
@@ -121,14 +140,16 @@ class Filesystem(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EISDIR)
         if flags & os.O_TRUNC and inode == SWAP_INODE:
             raise pyfuse3.FUSEError(errno.EPERM)
+        allowed = {0o600: range(3), 0o444: (os.O_RDONLY,), 0o200: (os.O_WRONLY,)}[file.mode]
+        if flags & os.O_ACCMODE not in allowed:  # which the kernel does not ask of root
+            raise pyfuse3.FUSEError(errno.EACCES)
         handle = inode
         if file.name in _RENDER:
-            if flags & os.O_ACCMODE != os.O_RDONLY:
-                raise pyfuse3.FUSEError(errno.EACCES)
-            stats = await trio.to_thread.run_sync(self._take_stats)
+            render = _RENDER[file.name]
+            text = await _in_thread(lambda: render(self._take_stats()).encode())
             handle = self._next_handle
             self._next_handle += 1
-            self._texts[handle] = _RENDER[file.name](stats).encode()
+            self._texts[handle] = text
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -142,7 +163,7 @@ class Filesystem(pyfuse3.Operations):
         del off
         if fh != _BY_NAME[b".compact"].inode:
             raise pyfuse3.FUSEError(errno.EBADF)
-        await trio.to_thread.run_sync(self._store.compact)
+        await _in_thread(self._store.compact)
         return len(buf)
 
     async def setattr(
@@ -165,7 +186,7 @@ class Filesystem(pyfuse3.Operations):
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Report 4 KiB blocks: the loop device takes its discard granularity from f_bsize."""
         del ctx
-        stats = await trio.to_thread.run_sync(self._store.stats)
+        stats = await _in_thread(self._store.stats)
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = PAGE_BYTES
         data.f_blocks = stats.nr_pages

@@ -53,9 +53,8 @@ class Store:
         reserve: int = DEFAULT_RESERVE,
         fd: int | None = None,
     ) -> None:
-        self._store: Any = ffi.NULL
-        self._own_fd = region_memory()[0] if fd is None else None
-        self._fd = fd if self._own_fd is None else self._own_fd
+        if min(nr_pages, chunk_size, 1 if mem_limit is None else mem_limit) < 1 or reserve < 0:
+            check(-errno.EINVAL)
         options = ffi.new(
             "struct store_options *",
             {
@@ -66,13 +65,30 @@ class Store:
             },
         )
         out = ffi.new("struct store **")
+        self._store: Any = ffi.NULL
+        self._own_fd = region_memory()[0] if fd is None else None
         try:
-            check(lib.store_create(out, self._fd, options))
+            check(lib.store_create(out, self._own_fd if fd is None else fd, options))
         except StoreError:
             self.close()
             raise
         self._store = out[0]
         self.nr_pages = nr_pages
+
+    @classmethod
+    def adopt(cls, fd: int) -> Self:
+        """Open the store that a region holds, however its last user ended; rebuild it.
+
+        ``fd`` stays the caller's. Raises StoreError (EINVAL: not a region, EPROTONOSUPPORT:
+        another format).
+        """
+        out = ffi.new("struct store **")
+        check(lib.store_adopt(out, fd))
+        store = cls.__new__(cls)
+        store._store = out[0]  # noqa: SLF001 its own
+        store._own_fd = None  # noqa: SLF001
+        store.nr_pages = store.stats().nr_pages
+        return store
 
     def close(self) -> None:
         """Free everything. A second call does nothing."""
@@ -95,7 +111,9 @@ class Store:
 
     @property
     def pointer(self) -> Any:
-        """The native store, for the switch."""
+        """The native store. Raises ValueError when it is closed, as files do."""
+        if not self._store:
+            raise ValueError("the store is closed")
         return self._store
 
     def _range(self, index: int, count: int) -> None:
@@ -114,51 +132,53 @@ class Store:
             raise ValueError(f"{view.nbytes} bytes are not whole pages of {PAGE_BYTES}")
         self._range(index, count)
         pages = ffi.from_buffer("char[]", view)
-        if check(lib.store_write(self._store, index, count, pages)) < count:
+        if check(lib.store_write(self.pointer, index, count, pages)) < count:
             check(-errno.ENOSPC)
 
     def read(self, index: int, count: int = 1) -> bytes:
         """Return ``count`` whole pages. Raises CorruptPageError where one is damaged."""
         self._range(index, count)
         out = bytearray(count * PAGE_BYTES)
-        check(lib.store_read(self._store, index, count, ffi.from_buffer("char[]", out)))
+        check(lib.store_read(self.pointer, index, count, ffi.from_buffer("char[]", out)))
         return bytes(out)
 
     def discard(self, index: int, count: int = 1) -> int:
         """Forget pages; they read as zeroes. Return how many held content."""
         self._range(index, count)
-        return check(lib.store_discard(self._store, index, count))
+        return check(lib.store_discard(self.pointer, index, count))
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return bytes of the file, fewer at its end."""
         out = bytearray(length)
         view = ffi.from_buffer("char[]", out)
-        return bytes(out[: check(lib.store_pread(self._store, offset, length, view))])
+        return bytes(out[: check(lib.store_pread(self.pointer, offset, length, view))])
 
     def pwrite(self, offset: int, data: bytes) -> int:
         """Write bytes anywhere in the file; return how many. Raises StoreError (EFBIG, ENOSPC)."""
         return check(
-            lib.store_pwrite(self._store, offset, len(data), ffi.from_buffer("char[]", data))
+            lib.store_pwrite(self.pointer, offset, len(data), ffi.from_buffer("char[]", data))
         )
 
     def punch(self, offset: int, length: int) -> None:
         """Zero bytes anywhere; whole pages among them are discarded."""
-        check(lib.store_punch(self._store, offset, length))
+        check(lib.store_punch(self.pointer, offset, length))
 
     def compact(self, max_bytes: int | None = None) -> int:
         """Pack what is left and give memory back; return how many bytes.
 
         Ends after the round that won ``max_bytes``; without it, when nothing more can be won.
         """
-        return check(lib.store_compact(self._store, _UNLIMITED if max_bytes is None else max_bytes))
+        return check(
+            lib.store_compact(self.pointer, _UNLIMITED if max_bytes is None else max_bytes)
+        )
 
     def watch(self, event_fd: int, freed_bytes: int) -> None:
         """Have 1 added to an eventfd, once, when this many more bytes of blocks were freed."""
-        lib.store_watch(self._store, event_fd, freed_bytes)
+        lib.store_watch(self.pointer, event_fd, freed_bytes)
 
     def unwatch(self) -> None:
         """Forget the last ``watch``."""
-        lib.store_watch(self._store, -1, 0)
+        lib.store_watch(self.pointer, -1, 0)
 
     def check(self) -> None:
         """Verify everything. Nobody else may use the store meanwhile.
@@ -166,13 +186,13 @@ class Store:
         Raises StoreError (EUCLEAN) that says the first fault found.
         """
         message = ffi.new("char[160]")
-        rv = lib.store_check(self._store, message)
+        rv = lib.store_check(self.pointer, message)
         if rv:
             raise StoreError(-rv, ffi.string(message).decode())
 
     def rebuild(self) -> int:
         """Recreate all but the slot table from it; return the pages whose block is damaged."""
-        return check(lib.store_rebuild(self._store))
+        return check(lib.store_rebuild(self.pointer))
 
     def stored(self, index: int) -> tuple[str, bytes]:
         """Return a page's state (``empty``, ``same``, ``lz4``, ``raw``) and its stored form."""
@@ -180,13 +200,13 @@ class Store:
         state = ffi.new("uint32_t *")
         out = bytearray(PAGE_BYTES)
         view = ffi.from_buffer("char[]", out)
-        length = check(lib.store_stored(self._store, index, view, state))
+        length = check(lib.store_stored(self.pointer, index, view, state))
         return SLOT_STATES[state[0]], bytes(out[:length])
 
     def stats(self, daemon_rss: int = 0, restarts: int = 0) -> Stats:
         """Return what is counted now."""
         raw = ffi.new("struct store_stats *")
-        check(lib.store_get_stats(self._store, raw))
+        check(lib.store_get_stats(self.pointer, raw))
         counted = {
             name: getattr(raw[0], name)
             for name in Stats.__dataclass_fields__

@@ -1,6 +1,8 @@
 """Holds /dev/fuse and the region, and forks the worker that uses them.
 
-It imports as little as it can: its memory is counted too.
+A program of its own, so that nothing of the command line stays in memory with it:
+
+    python -P -m zswapfs.supervisor MOUNTPOINT FUSE_FD READY_FD OPTIONS
 """
 
 import ctypes
@@ -12,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import worker
-from .config import Options
-from .errors import SetupError
+from .config import Options, parse_options
+from .errors import SetupError, ZswapfsError
 from .store import region_memory
 
 _MS_NOSUID, _MS_NODEV = 2, 4
@@ -48,6 +50,16 @@ def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
         raise OSError(number, os.strerror(number), str(mountpoint))
 
 
+def command(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> list[str]:
+    """Return what to run as the daemon; both descriptors must be open in it.
+
+    ``ready_fd`` gets lines: ``note: ...``, then ``ready`` or ``error: ...``.
+    """
+    # -P: the current directory may hold a zswapfs that is not built.
+    python = [sys.executable, "-P", "-m", "zswapfs.supervisor"]
+    return [*python, str(mountpoint), str(fuse_fd), str(ready_fd), options.words()]
+
+
 def complain(text: str) -> None:
     """Say something on standard error, which for a daemon is the kernel's log."""
     os.write(sys.stderr.fileno(), f"zswapfs: {text}\n".encode())
@@ -75,10 +87,6 @@ def serve(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> in
     if not noswap:
         text = "note: no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover\n"
         os.write(ready_fd, text.encode())
-    pid = os.fork()
-    if pid == 0:
-        _worker_main(options, (fuse_fd, region_fd, ready_fd))
-    os.close(ready_fd)
 
     def stop(number: int, frame: object) -> None:
         del number, frame
@@ -90,6 +98,10 @@ def serve(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> in
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    pid = os.fork()
+    if pid == 0:
+        _worker_main(options, (fuse_fd, region_fd, ready_fd))
+    os.close(ready_fd)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code:
@@ -98,3 +110,19 @@ def serve(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> in
             unmount(mountpoint, lazily=True)
         return 1
     return 0
+
+
+def main() -> None:
+    """Be the daemon."""
+    mountpoint, fuse_fd, ready_fd, words = sys.argv[1:]
+    code = 1
+    try:
+        code = serve(Path(mountpoint), parse_options([words]), int(fuse_fd), int(ready_fd))
+    except (ZswapfsError, OSError) as error:
+        with suppress(OSError):
+            os.write(int(ready_fd), f"error: {error}\n".encode())
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import os
 import socket
 from contextlib import suppress
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from .config import Options
@@ -23,6 +24,23 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _M_ARENA_MAX = -8
 
 log = logging.getLogger("zswapfs")
+
+
+class _KernelLog(logging.Handler):
+    """Standard error, which is /dev/kmsg for a daemon: few records, each of 1024 bytes at most."""
+
+    RECORD_BYTES = 900
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write as few pieces as that takes, of whole lines."""
+        pieces = [b""]
+        for line in self.format(record).encode().splitlines(keepends=True):
+            if len(pieces[-1]) + len(line) > self.RECORD_BYTES:
+                pieces.append(b"")
+            pieces[-1] += line[: self.RECORD_BYTES]
+        with suppress(OSError):
+            for piece in pieces:
+                os.write(2, piece)
 
 
 def protect_memory() -> list[str]:
@@ -67,11 +85,12 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 
 
 def _control_plane(
-    store: Store, options: Options, switch: FuseSwitch, fds: tuple[int, int, int]
+    store: Store, options: Options, switch: FuseSwitch, fds: tuple[int, int], ready: FileIO
 ) -> None:
-    """Run pyfuse3 and the policy tasks until the switch says that the kernel has unmounted.
+    """Run pyfuse3 and the policy task until the switch says that the kernel has unmounted.
 
-    ``fds``: pyfuse3's end of the socket, the switch's eventfd, and where to say 'ready'.
+    ``fds``: pyfuse3's end of the socket, and the switch's eventfd. ``ready`` is told when the
+    file is usable, and closed.
     """
     import pyfuse3  # noqa: PLC0415 the lanes serve already while these load
     import trio  # noqa: PLC0415
@@ -79,7 +98,7 @@ def _control_plane(
     from .compaction import compaction_task  # noqa: PLC0415
     from .filesystem import Filesystem  # noqa: PLC0415
 
-    socket_fd, end_fd, ready_fd = fds
+    socket_fd, end_fd = fds
 
     async def announce() -> None:
         while not switch.ready:  # noqa: ASYNC110 a few milliseconds, once
@@ -87,14 +106,21 @@ def _control_plane(
         gc.collect()
         gc.freeze()
         gc.disable()
-        os.write(ready_fd, b"ready\n")
-        os.close(ready_fd)
+        ready.write(b"ready\n")
+        ready.close()
+
+    async def compact() -> None:
+        try:
+            await compaction_task(store, options)
+        except Exception:
+            # A policy is no reason to lose the mount's names and statistics.
+            log.exception("compaction has ended; '.compact' still works")
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(announce)
             nursery.start_soon(pyfuse3.main)
-            nursery.start_soon(compaction_task, store, options)
+            nursery.start_soon(compact)
             await trio.lowlevel.wait_readable(end_fd)
             pyfuse3.terminate()
             nursery.cancel_scope.cancel()
@@ -111,11 +137,15 @@ def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
     """Serve one mount until it is unmounted; return the process's exit code.
 
     ``ready_fd`` gets a line when the file is usable, and before it one for each protection that
-    could not be had.
+    could not be had. Raises whatever keeps the file from becoming usable.
     """
+    log_handler = _KernelLog()
+    log_handler.setFormatter(logging.Formatter("zswapfs: %(message)s"))
+    logging.basicConfig(handlers=[log_handler])
+    ready = FileIO(ready_fd, "w")
     missing = protect_memory()
     if missing:
-        os.write(ready_fd, f"note: {'; '.join(missing)}\n".encode())
+        ready.write(f"note: {'; '.join(missing)}\n".encode())
     ours, theirs = _pair()
     end_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     store = Store(options.nr_pages, options.mem_limit, reserve=options.reserve, fd=region_fd)
@@ -132,8 +162,10 @@ def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
         ),
     )
     try:
-        _control_plane(store, options, switch, (theirs.detach(), end_fd, ready_fd))
+        _control_plane(store, options, switch, (theirs.detach(), end_fd), ready)
     except Exception:
+        if not ready.closed:
+            raise
         # Pages must go on: whoever has some in swap would die with the lanes.
         log.exception("the control plane ended; pages are served until the unmount")
     switch.join()
