@@ -362,6 +362,8 @@ int64_t store_compact(struct store *store, uint64_t max_bytes)
 	int64_t chunks = 1;
 
 	pthread_mutex_lock(&store->compacting);
+	/* What a round can win depends on how many fresh chunks it may fill. */
+	region_replenish(store->region);
 	region_hold(store->region, MAX_FRESH);
 	while (chunks > 0 && won < max_bytes) {
 		chunks = compact_round(store, store->compaction);

@@ -372,6 +372,14 @@ static void return_surplus(struct region *region)
 	pthread_cond_broadcast(&region->change);
 }
 
+/* A batch at a time, each of which wakes who waits for it. With both locks. */
+static void fill_reserve(struct region *region)
+{
+	region->refill_error = 0;
+	while (!region->refill_error && !region->stop && region->nr_ready < reserve_target(region))
+		refill(region);
+}
+
 static void *keeper_main(void *arg)
 {
 	struct region *region = arg;
@@ -389,12 +397,8 @@ static void *keeper_main(void *arg)
 		/* First what comes back: near the limit, stale chunks are all there is to refill with. */
 		if (wants_return(region) && (!region->held || wants_refill(region)))
 			return_surplus(region);
-		if (wants_refill(region)) {
-			do /* a batch at a time, each of which wakes who waits for it */
-				refill(region);
-			while (!region->refill_error && !region->stop &&
-			       region->nr_ready < reserve_target(region));
-		}
+		if (wants_refill(region))
+			fill_reserve(region);
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_unlock(&region->keeping);
 		pthread_mutex_lock(&region->lock);
@@ -538,6 +542,15 @@ void region_settle(struct region *region)
 	pthread_mutex_lock(&region->lock);
 	while (wants_return(region))
 		return_surplus(region);
+	pthread_mutex_unlock(&region->lock);
+	pthread_mutex_unlock(&region->keeping);
+}
+
+void region_replenish(struct region *region)
+{
+	pthread_mutex_lock(&region->keeping);
+	pthread_mutex_lock(&region->lock);
+	fill_reserve(region);
 	pthread_mutex_unlock(&region->lock);
 	pthread_mutex_unlock(&region->keeping);
 }

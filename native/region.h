@@ -158,6 +158,9 @@ void region_give_punched(struct region *region, uint32_t chunk);
 /** region_settle - give all that is above the reserve back to the OS, in the caller's thread. */
 void region_settle(struct region *region);
 
+/** region_replenish - fill the reserve now, in the caller's thread, as far as the OS allows. */
+void region_replenish(struct region *region);
+
 /**
  * region_hold - let compaction have up to @chunks READY chunks above the reserve, and three
  * quarters of the reserve; 0: as ever

@@ -108,6 +108,7 @@ static void test_freed_memory_comes_back(void **state)
 		scene_open(&s, 65536, 0);
 		fill(&s);
 		discard_share(&s, percent);
+		region_settle(s.store->region);
 		before = stats_of(s.store);
 		won = store_compact(s.store, UINT64_MAX);
 		after = stats_of(s.store);
