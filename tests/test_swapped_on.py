@@ -27,11 +27,12 @@ class Kernel:
         """Return the lines about swap, loop devices and FUSE, but those about other devices."""
         name = Path(device).name
         number = (Path("/sys/block") / name / "dev").read_text().strip()
-        said = run("dmesg").stdout.partition(self._mark)[2].splitlines()[1:]
+        said = run("dmesg", "--decode").stdout.partition(self._mark)[2].splitlines()[1:]
         return [
             line
             for line in said
-            if re.search(r"loop|swap|fuse|hung|I/O error", line)
+            if line.startswith("kern ")  # not what daemons of other mounts have put there
+            and re.search(r"loop|swap|fuse|hung|I/O error", line)
             and set(re.findall(r"\bloop\d+", line)) <= {name}
             and set(re.findall(r"\((7:\d+)[:)]", line)) <= {number}
         ]
