@@ -89,7 +89,7 @@ def take_down(mountpoint: Path) -> None:
                 run("swapoff", device)
                 run("umount", device)
                 run("losetup", "-d", device)
-    if str(mountpoint) in Path("/proc/self/mounts").read_text():
+    if str(mountpoint) in Path("/proc/self/mounts").read_text(errors="surrogateescape"):
         for _ in range(20):
             if run("umount", mountpoint).returncode == 0:
                 return
@@ -109,7 +109,7 @@ def _clean_slate() -> None:
     root = cgroup_root()
     if missing() is not None or root is None:
         return
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
         mountpoint, kind = line.split()[1:3]
         if kind == "fuse.zswapfs" and _is_leftover(mountpoint):
             take_down(Path(mountpoint))
