@@ -32,6 +32,7 @@ class Kernel:
             line
             for line in said
             if line.startswith("kern ")  # not what daemons of other mounts have put there
+            and "callbacks suppressed" not in line  # whose, it does not say; the errors do
             and re.search(r"loop|swap|fuse|hung|I/O error", line)
             and set(re.findall(r"\bloop\d+", line)) <= {name}
             and set(re.findall(r"\((7:\d+)[:)]", line)) <= {number}
