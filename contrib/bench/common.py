@@ -11,12 +11,15 @@ import json
 import mmap
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
+
+import click
 
 from zswapfs.store import Store
 
@@ -205,15 +208,66 @@ def shuffled(nr: int, seed: int) -> list[int]:
     return order
 
 
+_T = TypeVar("_T")
+
+
+def rotated(items: Sequence[_T], by: int) -> list[_T]:
+    """Return the items in an order of its own for each round, so that none is always first."""
+    at = by % len(items)
+    return [*items[at:], *items[:at]]
+
+
+def bar(steps: Iterable[_T], label: str) -> Iterator[_T]:
+    """Yield the steps; draw how many are done, and which is going on, on a terminal only."""
+    todo = list(steps)
+    if not sys.stderr.isatty():
+        yield from todo
+        return
+    with click.progressbar(
+        todo, label=label, file=sys.stderr, item_show_func=lambda step: str(step or "")
+    ) as shown:
+        yield from shown
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Return the median with lowest and highest."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def corpus_file(mib: int = 12) -> Path:
+    """Return all pages of the corpus in one file."""
+    file = TOP / "build" / f"corpus-{mib}" / "all"
+    if not file.exists():
+        file.write_bytes(b"".join(load_corpus(mib)))
+    return file
+
+
+def build_c(name: str) -> Path:
+    """Build a benchmark in C, with the options of the package; return the program."""
+    where = TOP / "build" / "bench-native"
+    options = ["-DZSWAPFS_PYTHON=OFF", "-DZSWAPFS_BENCH=ON"]
+    configure = ["cmake", "-S", TOP / "native", "-B", where, "-G", "Ninja", *options]
+    for words in (configure, ["cmake", "--build", where, "--target", name]):
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return where / "bench" / name
+
+
+def measure_in_c(*words: object) -> dict[str, Any]:
+    """Run a benchmark in C; return the JSON that it prints."""
+    done = subprocess.run(list(map(str, words)), check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout))
+
+
 def progress(text: str) -> None:
     """Show where the benchmark is, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def save(name: str, values: object) -> Path:
-    """Write results as JSON; return the file."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"{name}.json"
+def save(name: str | Path, values: object) -> Path:
+    """Write results as JSON, below build/bench unless ``name`` says where; return the file."""
+    file = (RESULTS / name).with_suffix(".json")
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=2) + "\n")
     return file
