@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,55 @@ def test_device(tmp_path: Path) -> None:
     for targets in result.values():
         assert list(targets) == ["zswapfs", "zswapfs, file", "tmpfs", "tmpfs, file"]
         assert all(run["iops"] > 0 for runs in targets.values() for run in runs)
+
+
+LOADS = ["fill", "random", "seqread", "rewrite", "four", "forks"]
+SWAP = ("--rounds", "1", "--mib", "64", "--limit", "24", "--only", "zswapfs,transport,tmpfs")
+
+
+def _state() -> list[str]:
+    """Return what the benchmark must put back."""
+    attached = subprocess.run(["losetup", "-l"], capture_output=True, text=True, check=True).stdout
+    files = ("/proc/swaps", "/proc/sys/vm/page-cluster", "/proc/self/mounts")
+    return [attached, *(Path(file).read_text() for file in files)]
+
+
+@pytest.mark.swapped
+def test_swap(tmp_path: Path) -> None:
+    """Every load on every contender swaps, and the system is as it was."""
+    before = _state()
+    out, result = _bench("swap", tmp_path / "w", *SWAP)
+    assert list(result["runs"]) == LOADS
+    for of in result["runs"].values():
+        assert list(of) == ["zswapfs@5", "transport@5", "tmpfs@5"]
+        for (run,) in of.values():
+            assert run["wrong"] == 0
+            assert run["swapped_out"] > 0
+            assert run["p50_us"] > 0
+    assert "of transport" in out
+    assert _state() == before
+
+
+def _swapped_kb() -> int:
+    """Return what the benchmark's swap holds; its priority is the highest."""
+    lines = (line.split() for line in Path("/proc/swaps").read_text().splitlines()[1:])
+    return sum(int(words[3]) for words in lines if words[4] == "32767")
+
+
+@pytest.mark.swapped
+def test_swap_interrupted(tmp_path: Path) -> None:
+    """SIGTERM in the middle of a load: the system is as it was."""
+    before = _state()
+    script = TOP / "contrib" / "bench" / "swap"
+    words = [sys.executable, script, "--output", tmp_path / "w", *SWAP, "--rounds", "50"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        end = time.monotonic() + 60
+        while _swapped_kb() < 1000:
+            assert running.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert _state() != before
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 128 + signal.SIGTERM
+    assert _state() == before
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/zswapfs-bench-{running.pid}"))

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -253,6 +254,20 @@ def build_c(name: str) -> Path:
     return where / "bench" / name
 
 
+def plain_package() -> Path:
+    """Build zswapfs with a store that only keeps bytes; return what PYTHONPATH must name."""
+    where = TOP / "build" / "bench-plain"
+    options = ["-DZSWAPFS_PLAIN_STORE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure = ["cmake", "-S", TOP / "native", "-B", where, "-G", "Ninja", *options]
+    for words in (configure, ["cmake", "--build", where, "--target", "_native"]):
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    package = where / "package" / "zswapfs"
+    package.mkdir(parents=True, exist_ok=True)
+    for file in (*(TOP / "zswapfs").glob("*.py"), *where.glob("_native.*.so")):
+        shutil.copy(file, package)
+    return package.parent
+
+
 def measure_in_c(*words: object) -> dict[str, Any]:
     """Run a benchmark in C; return the JSON that it prints."""
     done = subprocess.run(list(map(str, words)), check=True, stdout=subprocess.PIPE, text=True)
@@ -263,6 +278,19 @@ def progress(text: str) -> None:
     """Show where the benchmark is, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def pyplot() -> Any | None:
+    """Return matplotlib's, set up to draw files; None, and say so, where it is not installed."""
+    try:
+        import matplotlib as mpl  # noqa: PLC0415 only where there is something to draw
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install '.[bench]')", file=sys.stderr)
+        return None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    return plt
 
 
 def save(name: str | Path, values: object) -> Path:

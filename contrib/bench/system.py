@@ -208,6 +208,55 @@ def zswapfs(mib: int, options: str = "") -> Iterator[Device]:
             undo("umount", path)
 
 
+@contextlib.contextmanager
+def zswapfs_up(mib: int, options: str = "", env: dict[str, str] | None = None) -> Iterator[Device]:
+    """Turn zswapfs on as users do."""
+    words = ["--size", f"{mib}M", "--priority", PRIORITY, *(["-o", options] if options else [])]
+    with folder() as path:
+        said = run(*ZSWAPFS, "up", path, *words, env=env)
+        try:
+            device = next(word for word in said.split() if word.startswith("/dev/loop"))
+            yield Device(Path(device.rstrip(",")), None, path)
+        finally:
+            undo(*ZSWAPFS, "down", path, env=env)
+
+
+@contextlib.contextmanager
+def cgroup(mib: int) -> Iterator[Path]:
+    """Make a memory cgroup, of version 1 or 2, with a limit; kill what is in it afterwards."""
+    root, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+    with contextlib.ExitStack() as stack:
+        if not (root / limit).exists():
+            root, limit = Path("/sys/fs/cgroup"), "memory.max"
+            control = root / "cgroup.subtree_control"
+            if not control.exists():
+                raise SystemExit(
+                    "no memory cgroups here: swap would be loaded by the whole machine"
+                )
+            if "memory" not in control.read_text().split():
+                stack.callback(control.write_text, "-memory")
+                control.write_text("+memory")
+        group = root / f"zswapfs-bench-{os.getpid()}"
+        group.mkdir()
+        stack.callback(_empty, group)
+        (group / limit).write_text(str(mib << 20))
+        yield group
+
+
+def _empty(group: Path) -> None:
+    """Kill what is in a cgroup, and remove it."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.05)
+    print(f"could not undo: {group} is in use", file=sys.stderr)
+
+
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     """End a daemon that has nothing left to serve."""
     process.terminate()
