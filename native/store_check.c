@@ -187,21 +187,26 @@ int store_check(struct store *store, char *message)
 /* Can a slot's word be trusted to say where its block is? */
 static bool claims_block(const struct store *store, uint64_t index, uint64_t word)
 {
+	const struct region *region = store->region;
 	uint64_t place = slot_place(word);
-	uint32_t offset = (uint32_t)(place & (store->region->chunk_words - 1));
+	uint64_t c = place >> region->chunk_shift;
+	uint32_t offset = (uint32_t)(place & (region->chunk_words - 1));
 	uint32_t words = arena_words(slot_length(word));
-	bool whole = words > store->region->chunk_words;
+	bool whole = words > region->chunk_words;
 	uint64_t target;
+	uint8_t state;
 
 	if (!slot_has_block(word) || (offset && offset < BLOCK_MIN_WORDS) ||
-	    (!whole && offset + words > store->region->chunk_words) ||
-	    place >> store->region->chunk_shift >=
-		    atomic_load(&store->region->header->nr_chunks_touched))
+	    (!whole && offset + words > region->chunk_words) ||
+	    c >= atomic_load(&region->header->nr_chunks_touched))
 		return false;
-	if (whole &&
-	    store->region->chunks[place >> store->region->chunk_shift].state != CHUNK_WHOLE)
-		return false;
-	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
+	/* Whether the tag is in the chunk table is the slot's to say. */
+	state = region->chunks[c].state;
+	region->chunks[c].state = whole ? CHUNK_WHOLE : CHUNK_USED;
+	if (!store_seal_target(store, index, word, &target) && slot_is_sealed(word, target))
+		return true;
+	region->chunks[c].state = state;
+	return false;
 }
 
 /* Unlock every slot; count the trustworthy claims on each chunk in @ends[chunk]. */
