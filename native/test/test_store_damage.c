@@ -370,6 +370,37 @@ static void test_map_of_touched_slots_can_be_damaged(void **state)
 	scene_close(&s);
 }
 
+/* A rebuild believes nothing of the chunk table: any bit of it, or all of it. */
+static void test_chunk_table_is_made_again(void **state)
+{
+	(void)state;
+	for (size_t n = 0; n < ARRAY_SIZE(chunk_sizes); n++) {
+		for (uint32_t bit = 0; bit < 140; bit++) {
+			static struct scene s;
+			struct region *region;
+
+			scene_open(&s, chunk_sizes[n]);
+			store_destroy(s.store);
+			assert_int_equal(region_map(&region, s.fd), 0);
+			for (uint32_t c = 0; c < 12; c++) {
+				uint8_t *entry = (uint8_t *)&region->chunks[c];
+				/* Where a chunk is WHOLE next and prev are its tag. */
+				bool is_tag = region->chunks[c].state == CHUNK_WHOLE;
+
+				if (bit >= 128)
+					memset(entry + (is_tag ? 8 : 0), (int)bit, is_tag ? 8 : 16);
+				else if (bit >= 64 || !is_tag)
+					entry[bit / 8] ^= (uint8_t)(1 << bit % 8);
+			}
+			region_destroy(region);
+			assert_int_equal(store_adopt(&s.store, s.fd), 0);
+			assert_sound(s.store);
+			assert_others(&s, NR_PAGES);
+			scene_close(&s);
+		}
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -379,6 +410,7 @@ int main(void)
 		cmocka_unit_test(test_rebuild_survives_damage),
 		cmocka_unit_test(test_noise_is_survived),
 		cmocka_unit_test(test_map_of_touched_slots_can_be_damaged),
+		cmocka_unit_test(test_chunk_table_is_made_again),
 		cmocka_unit_test(test_other_blocks_are_not_mistaken),
 	};
 
