@@ -11,12 +11,22 @@
 
 #define CLASS_NONE UINT32_MAX
 
+/* Does a link, or a list's head, lead to a free block? */
+static bool links_to_free(const struct arena *arena, uint64_t ref)
+{
+	return ref_is_valid(arena, ref) && block_is_free(block_at(arena, ref - 1));
+}
+
 static void class_insert(struct arena *arena, uint64_t place)
 {
 	struct block *block = block_at(arena, place);
 	uint32_t class = block_class(block_words(block));
 	uint64_t head = arena->classes[class];
 
+	/* Where flags of a chunk were damaged its blocks may be gone, and another's be there. */
+	if (!links_to_free(arena, head) || link_prev(block_at(arena, head - 1)) ||
+	    block_class(block_words(block_at(arena, head - 1))) != class)
+		head = 0;
 	link_set_next(block, head);
 	link_set_prev(block, 0);
 	if (head)
@@ -24,11 +34,6 @@ static void class_insert(struct arena *arena, uint64_t place)
 	arena->classes[class] = place + 1;
 	arena->class_maps[class / 64] |= 1ULL << class % 64;
 	arena->class_map |= 1ULL << class / 64;
-}
-
-static bool links_to_free(const struct arena *arena, uint64_t ref)
-{
-	return ref_is_valid(arena, ref) && block_is_free(block_at(arena, ref - 1));
 }
 
 static void class_set_head(struct arena *arena, uint32_t class, uint64_t head)
@@ -99,17 +104,41 @@ static void chunk_list(struct arena *arena, uint32_t c)
 	*head = c;
 }
 
+/* As with free blocks, a link is followed only where the other end links back. */
 static void chunk_unlist(struct arena *arena, uint32_t c)
 {
 	struct chunk *chunks = arena->region->chunks;
-	struct chunk *chunk = &chunks[c];
+	uint32_t nr = region_nr_touched(arena->region);
+	uint32_t next = chunks[c].next;
+	uint32_t prev = chunks[c].prev;
+	uint32_t *head = chunk_list_head(arena, &chunks[c]);
 
-	if (chunk->next != CHUNK_NONE)
-		chunks[chunk->next].prev = chunk->prev;
-	if (chunk->prev != CHUNK_NONE)
-		chunks[chunk->prev].next = chunk->next;
-	else
-		*chunk_list_head(arena, chunk) = chunk->next;
+	if (next >= nr || chunks[next].prev != c)
+		next = CHUNK_NONE;
+	if (prev >= nr || chunks[prev].next != c)
+		prev = CHUNK_NONE;
+	if (next != CHUNK_NONE)
+		chunks[next].prev = prev;
+	if (prev != CHUNK_NONE)
+		chunks[prev].next = next;
+	else if (*head == c)
+		*head = next;
+}
+
+/* Is the first chunk of a list what it ought to be? A list that begins with damage is given up. */
+static bool chunk_heads(struct arena *arena, uint32_t *head, uint32_t flags)
+{
+	const struct chunk *chunk;
+
+	if (*head == CHUNK_NONE)
+		return false;
+	chunk = &arena->region->chunks[*head];
+	if (chunk->state == CHUNK_USED && chunk->flags == flags && chunk->prev == CHUNK_NONE &&
+	    chunk_list_head(arena, chunk) == head)
+		return true;
+	*head = CHUNK_NONE;
+	arena->nr_damaged++;
+	return false;
 }
 
 /* Count a block in (@words > 0) or out of its chunk, and keep the chunk in the right list. */
@@ -385,8 +414,7 @@ bool arena_holds(const struct arena *arena, uint64_t place, uint32_t bytes)
 	const struct region *region = arena->region;
 	uint32_t words = arena_words(bytes);
 
-	if (place >> region->chunk_shift >=
-	    atomic_load_explicit(&region->header->nr_chunks_touched, memory_order_relaxed))
+	if (place >> region->chunk_shift >= region_nr_touched(region))
 		return false;
 	if (words > region->chunk_words)
 		return chunk_offset(arena, place) == 0;
@@ -458,12 +486,12 @@ static void chunk_for_each_free(struct arena *arena, uint32_t c,
 	}
 }
 
-uint32_t arena_sparsest(const struct arena *arena)
+uint32_t arena_sparsest(struct arena *arena)
 {
-	if (arena->trimmed != CHUNK_NONE)
+	if (chunk_heads(arena, &arena->trimmed, CHUNK_PUNCHED))
 		return arena->trimmed;
 	for (uint32_t n = 0; n < ARENA_NR_OCCUPANCY; n++)
-		if (arena->occupancy[n] != CHUNK_NONE)
+		if (chunk_heads(arena, &arena->occupancy[n], 0))
 			return arena->occupancy[n];
 	return CHUNK_NONE;
 }
@@ -530,8 +558,10 @@ void arena_rebuild_chunk(struct arena *arena, uint32_t c, const struct arena_cla
 		if (claims[i].place > at && i == 0)
 			at = rebuild_block(arena, at, (uint32_t)(claims[i].place - at), true,
 					   &prev);
-		if (gap < BLOCK_MIN_WORDS)
+		if (gap < BLOCK_MIN_WORDS) {
+			memset(block_at(arena, at + words), 0, gap * 4ULL);
 			words += gap;
+		}
 		at = rebuild_block(arena, at, words, false, &prev);
 		if (gap >= BLOCK_MIN_WORDS)
 			at = rebuild_block(arena, at, gap, true, &prev);

@@ -130,7 +130,7 @@ void arena_mark_punched(struct arena *arena, uint32_t chunk, uint32_t pages);
 
 /** arena_sparsest - Return: a PUNCHED chunk, else the one with the fewest live words, or CHUNK_NONE.
  * Context: arena->lock held. */
-uint32_t arena_sparsest(const struct arena *arena);
+uint32_t arena_sparsest(struct arena *arena);
 
 struct arena_block {
 	uint64_t place;

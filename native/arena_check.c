@@ -106,7 +106,8 @@ static int check_occupancy(const struct arena *arena, uint32_t n, uint64_t *nr, 
 	uint32_t before = CHUNK_NONE;
 
 	for (uint32_t c = arena->occupancy[n]; c != CHUNK_NONE; c = chunks[c].next) {
-		if (chunks[c].state != CHUNK_USED || chunks[c].flags || chunks[c].prev != before ||
+		if (c >= region_nr_touched(arena->region) || chunks[c].state != CHUNK_USED ||
+		    chunks[c].flags || chunks[c].prev != before ||
 		    chunk_occupancy(arena, &chunks[c]) != n)
 			return FAULT(message, "occupancy %u lists chunk %u wrongly", n, c);
 		before = c;
@@ -136,13 +137,14 @@ static int check_lists(const struct arena *arena, const struct census *census, c
 
 int arena_check(struct arena *arena, char *message)
 {
-	uint32_t touched = atomic_load(&arena->region->header->nr_chunks_touched);
+	uint32_t touched = region_nr_touched(arena->region);
 	struct census census = {0};
 	int rv = 0;
 
 	message[0] = 0;
 	pthread_mutex_lock(&arena->region->keeping); /* READY and HOLE chunks are the keeper's */
 	arena_lock(arena);
+	rv = region_check(arena->region, message);
 	for (uint32_t c = 0; c < touched && !rv; c++) {
 		enum chunk_state state = arena->region->chunks[c].state;
 

@@ -95,7 +95,7 @@ static inline bool ref_is_valid(const struct arena *arena, uint64_t ref)
 {
 	const struct region *region = arena->region;
 
-	return ref - 1 < (uint64_t)region->nr_chunks << region->chunk_shift &&
+	return ref - 1 < (uint64_t)region_nr_touched(region) << region->chunk_shift &&
 	       chunk_offset(arena, ref - 1) + BLOCK_MIN_WORDS <= region->chunk_words &&
 	       chunk_of(arena, ref - 1)->state == CHUNK_USED;
 }

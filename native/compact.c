@@ -110,7 +110,7 @@ static bool choose_chunk(struct store *store, struct compaction *c)
 	for (uint32_t looks = 0; looks < LOOKS && c->to_look; looks++, c->to_look--) {
 		const struct chunk *entry;
 
-		if (++c->cursor >= atomic_load(&store->region->header->nr_chunks_touched))
+		if (++c->cursor >= region_nr_touched(store->region))
 			c->cursor = 0;
 		entry = &store->region->chunks[c->cursor];
 		if (entry->state == CHUNK_USED && !entry->flags && entry->live_words <= c->sparse)
@@ -157,7 +157,7 @@ static void begin_round(struct store *store, struct compaction *c)
 	sparsest = arena_sparsest(&store->arena);
 	c->sparse = sparsest == CHUNK_NONE ? words : store->region->chunks[sparsest].live_words;
 	c->sparse = c->sparse < words * 3 / 4 ? c->sparse + (words - c->sparse) / 4 : 0;
-	c->to_look = atomic_load(&store->region->header->nr_chunks_touched);
+	c->to_look = region_nr_touched(store->region);
 	arena_unlock(&store->arena);
 }
 

@@ -12,183 +12,19 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/mount.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
-#define REGION_MAGIC "zswapfs"
-#define REGION_ALIGN (2ULL << 20)
-#define REGION_MAX_ARENA_BYTES (4ULL << SLOT_PLACE_BITS)
 #define KEEPER_BATCH 256 /* chunks punched in one go */
 #define KEEPER_REFILL 16 /* chunks populated in one go: one MiB, so that waiters wait briefly */
-#define SPARE_CHUNKS 8	 /* what the memory limit holds back for compaction */
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
-
-static int noswap_tmpfs(void)
-{
-	int fd = -1;
-	int mount = -1;
-	int fs = (int)syscall(SYS_fsopen, "tmpfs", FSOPEN_CLOEXEC);
-
-	if (fs < 0)
-		return -1;
-	if (syscall(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, "noswap", NULL, 0) ||
-	    syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "size", "0", 0) ||
-	    syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "mode", "0700", 0) ||
-	    syscall(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0))
-		goto out;
-	mount = (int)syscall(SYS_fsmount, fs, FSMOUNT_CLOEXEC,
-			     MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
-	if (mount >= 0)
-		fd = openat(mount, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-out:
-	if (mount >= 0)
-		close(mount);
-	close(fs);
-	return fd;
-}
-
-int region_memory(uint32_t *flags)
-{
-	int fd = noswap_tmpfs();
-
-	*flags = fd >= 0 ? REGION_NOSWAP : 0;
-	if (fd < 0)
-		fd = memfd_create("zswapfs", MFD_CLOEXEC);
-	return fd >= 0 ? fd : -errno;
-}
-
-static uint64_t align_up(uint64_t value, uint64_t to)
-{
-	return (value + to - 1) / to * to;
-}
-
-static bool options_valid(const struct store_options *o)
-{
-	return o->nr_pages >= 1 && o->nr_pages <= STORE_MAX_PAGES &&
-	       o->chunk_bytes >= STORE_MIN_CHUNK_BYTES && o->chunk_bytes <= STORE_MAX_CHUNK_BYTES &&
-	       (o->chunk_bytes & (o->chunk_bytes - 1)) == 0 &&
-	       (o->mem_limit == 0 || o->mem_limit >= o->chunk_bytes);
-}
-
-/* Chunks for @o's pages if all of them are raw, a quarter more for holes, and the reserve. */
-static uint64_t chunks_needed(const struct store_options *o)
-{
-	uint64_t raw_bytes = PAGE_BYTES + 12;
-	uint64_t each = o->chunk_bytes < raw_bytes ? 1 : o->chunk_bytes / raw_bytes;
-	uint64_t nr = o->nr_pages / each;
-	uint64_t most = REGION_MAX_ARENA_BYTES / o->chunk_bytes;
-
-	nr += nr / 4 + o->reserve_bytes / o->chunk_bytes + 2 * SPARE_CHUNKS;
-	if (o->mem_limit && nr > o->mem_limit / o->chunk_bytes)
-		nr = o->mem_limit / o->chunk_bytes;
-	return nr < most ? nr : most;
-}
-
-static uint64_t map_words(uint64_t nr_pages)
-{
-	return (nr_pages + TABLE_SLOTS * 64 - 1) / (TABLE_SLOTS * 64);
-}
-
-int region_format(int fd, const struct store_options *o)
-{
-	struct region_header h = {.magic = REGION_MAGIC};
-
-	if (!options_valid(o))
-		return -EINVAL;
-	h.format = REGION_FORMAT;
-	h.chunk_bytes = o->chunk_bytes;
-	h.nr_pages = o->nr_pages;
-	h.mem_limit = o->mem_limit;
-	h.reserve_bytes = o->reserve_bytes;
-	h.nr_chunks = chunks_needed(o);
-	h.map_off = align_up(sizeof(h), PAGE_BYTES);
-	h.slot_off =
-		align_up(h.map_off + 2 * map_words(o->nr_pages) * sizeof(uint64_t), PAGE_BYTES);
-	h.word_off = align_up(h.slot_off + o->nr_pages * sizeof(slot_t), PAGE_BYTES);
-	h.chunk_off = align_up(h.word_off + o->nr_pages * 2 * sizeof(uint64_t), PAGE_BYTES);
-	h.arena_off = align_up(h.chunk_off + h.nr_chunks * sizeof(struct chunk), REGION_ALIGN);
-	h.total_bytes = h.arena_off + h.nr_chunks * h.chunk_bytes;
-	if (ftruncate(fd, 0) || ftruncate(fd, (off_t)h.total_bytes))
-		return -errno;
-	if (pwrite(fd, &h, sizeof(h), 0) != (ssize_t)sizeof(h))
-		return -EIO;
-	return 0;
-}
-
-static int header_read(int fd, struct region_header *h)
-{
-	struct stat st;
-
-	if (pread(fd, h, sizeof(*h), 0) < (ssize_t)offsetof(struct region_header, chunk_bytes) ||
-	    memcmp(h->magic, REGION_MAGIC, sizeof(h->magic)))
-		return -EINVAL;
-	if (h->format != REGION_FORMAT)
-		return -EPROTONOSUPPORT;
-	if (fstat(fd, &st) || (uint64_t)st.st_size != h->total_bytes)
-		return -EINVAL;
-	return 0;
-}
-
-/* The reserve's size in chunks and the caps that follow from the memory limit. */
-static void set_limits(struct region *region, const struct region_header *h)
-{
-	uint64_t reserve = h->reserve_bytes / h->chunk_bytes;
-
-	region->max_used = (uint32_t)h->nr_chunks;
-	region->reserve = (uint32_t)(reserve ? reserve : 1);
-	region->spare = region->max_used / 8;
-	if (region->spare > SPARE_CHUNKS)
-		region->spare = SPARE_CHUNKS;
-}
-
-int region_map(struct region **out, int fd)
-{
-	struct region_header h;
-	struct region *region;
-	char *base;
-	int rv = header_read(fd, &h);
-
-	if (rv)
-		return rv;
-	region = calloc(1, sizeof(*region));
-	if (!region)
-		return -ENOMEM;
-	base = mmap(NULL, h.total_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (base == MAP_FAILED) {
-		free(region);
-		return -ENOMEM;
-	}
-	madvise(base, h.total_bytes, MADV_DONTDUMP);
-	region->header = (struct region_header *)base;
-	region->map = (_Atomic uint64_t *)(base + h.map_off);
-	region->map_copy = region->map + map_words(h.nr_pages);
-	region->slots = (slot_t *)(base + h.slot_off);
-	region->words = (_Atomic uint64_t *)(base + h.word_off);
-	region->chunks = (struct chunk *)(base + h.chunk_off);
-	region->arena = (uint32_t *)(base + h.arena_off);
-	region->nr_chunks = (uint32_t)h.nr_chunks;
-	region->chunk_bytes = h.chunk_bytes;
-	region->chunk_words = h.chunk_bytes / 4;
-	region->chunk_shift = (uint32_t)__builtin_ctz(region->chunk_words);
-	region->fd = fd;
-	region->ready = region->holes = region->stale = CHUNK_NONE;
-	set_limits(region, &h);
-	pthread_mutex_init(&region->keeping, NULL);
-	pthread_mutex_init(&region->lock, NULL);
-	pthread_cond_init(&region->work, NULL);
-	pthread_cond_init(&region->change, NULL);
-	*out = region;
-	return 0;
-}
 
 static void list_push(struct region *region, uint32_t *head, uint32_t c, enum chunk_state state)
 {
@@ -197,11 +33,26 @@ static void list_push(struct region *region, uint32_t *head, uint32_t c, enum ch
 	*head = c;
 }
 
-static uint32_t list_pop(struct region *region, uint32_t *head)
+/* Return: a chunk of a list of those in @state, now KEPT; CHUNK_NONE: the list is empty, or damaged
+ * from here on. */
+static uint32_t list_pop(struct region *region, uint32_t *head, enum chunk_state state)
 {
 	uint32_t c = *head;
 
+	if (c >= region_nr_touched(region) || region->chunks[c].state != state) {
+		*head = CHUNK_NONE;
+		return CHUNK_NONE;
+	}
 	*head = region->chunks[c].next;
+	region->chunks[c].state = CHUNK_KEPT;
+	return c;
+}
+
+static uint32_t ready_pop(struct region *region)
+{
+	uint32_t c = list_pop(region, &region->ready, CHUNK_READY);
+
+	region->nr_ready = c == CHUNK_NONE ? 0 : region->nr_ready - 1;
 	return c;
 }
 
@@ -269,7 +120,7 @@ static int populate(struct region *region, uint64_t offset, uint64_t bytes)
 {
 	char *at = (char *)region->arena + offset;
 
-	while (fallocate(region->fd, 0, (off_t)(region->header->arena_off + offset), (off_t)bytes))
+	while (fallocate(region->fd, 0, (off_t)(region->geometry.arena_off + offset), (off_t)bytes))
 		if (errno != EINTR)
 			return -errno;
 	if (madvise(at, bytes, MADV_POPULATE_WRITE) == 0)
@@ -280,38 +131,43 @@ static int populate(struct region *region, uint64_t offset, uint64_t bytes)
 	return 0;
 }
 
-int region_punch(struct region *region, uint64_t offset, uint64_t bytes)
+static int punch(struct region *region, uint64_t offset, uint64_t bytes)
 {
 	while (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			 (off_t)(region->header->arena_off + offset), (off_t)bytes))
+			 (off_t)(region->geometry.arena_off + offset), (off_t)bytes))
 		if (errno != EINTR)
 			return -errno;
+	return 0;
+}
+
+int region_punch(struct region *region, uint64_t offset, uint64_t bytes)
+{
+	int rv = punch(region, offset, bytes);
+
+	if (rv)
+		return rv;
 	atomic_fetch_add(&region->header->pages_returned, bytes / PAGE_BYTES);
 	return 0;
 }
 
-/* For memory that may hold content: it must not, whatever the OS says. */
-static void punch_or_clear(struct region *region, uint64_t offset, uint64_t bytes)
-{
-	if (region_punch(region, offset, bytes))
-		memset((char *)region->arena + offset, 0, bytes);
-}
-
 static uint32_t take_holes(struct region *region, uint32_t *batch)
 {
-	uint32_t touched = atomic_load(&region->header->nr_chunks_touched);
+	uint32_t touched = region_nr_touched(region);
 	uint32_t want = reserve_target(region) - region->nr_ready;
 	uint32_t nr = 0;
 
 	while (nr < want && nr < KEEPER_REFILL) {
-		if (region->holes != CHUNK_NONE)
-			batch[nr++] = list_pop(region, &region->holes);
-		else if (touched < region->nr_chunks)
-			batch[nr++] = touched++;
-		else
+		uint32_t c = list_pop(region, &region->holes, CHUNK_HOLE);
+
+		if (c == CHUNK_NONE && touched == region->nr_chunks)
 			break;
+		if (c == CHUNK_NONE) {
+			c = touched++;
+			region->chunks[c].state = CHUNK_KEPT;
+			atomic_store_explicit(&region->nr_touched, touched, memory_order_relaxed);
+		}
+		batch[nr++] = c;
 	}
-	atomic_store(&region->header->nr_chunks_touched, touched);
 	return nr;
 }
 
@@ -351,13 +207,12 @@ static void return_surplus(struct region *region)
 	uint32_t nr = 0;
 
 	while (nr < KEEPER_BATCH && wants_return(region)) {
-		if (region->stale != CHUNK_NONE) {
-			batch[nr++] = list_pop(region, &region->stale);
-			continue;
-		}
-		batch[nr] = list_pop(region, &region->ready);
-		region->chunks[batch[nr++]].state = CHUNK_RETURNING;
-		region->nr_ready--;
+		uint32_t c = list_pop(region, &region->stale, CHUNK_STALE);
+
+		if (c == CHUNK_NONE)
+			c = ready_pop(region);
+		if (c != CHUNK_NONE)
+			batch[nr++] = c;
 	}
 	pthread_mutex_unlock(&region->lock);
 	qsort(batch, nr, sizeof(*batch), compare_chunks);
@@ -433,7 +288,7 @@ void region_destroy(struct region *region)
 	pthread_mutex_unlock(&region->lock);
 	if (region->keeper)
 		pthread_join(region->keeper, NULL);
-	munmap(region->header, region->header->total_bytes);
+	munmap(region->header, region->geometry.total_bytes);
 	pthread_cond_destroy(&region->change);
 	pthread_cond_destroy(&region->work);
 	pthread_mutex_destroy(&region->lock);
@@ -441,29 +296,70 @@ void region_destroy(struct region *region)
 	free(region);
 }
 
-void region_reset_chunks(struct region *region)
+/* Memory that may hold content must not, whatever the OS says. What is a hole is left one. */
+static void punch_or_clear(struct region *region, uint64_t offset, uint64_t bytes)
 {
-	uint32_t touched = atomic_load(&region->header->nr_chunks_touched);
+	off_t at = (off_t)(region->geometry.arena_off + offset);
+	off_t end = at + (off_t)bytes;
+
+	if (!punch(region, offset, bytes))
+		return;
+	while (at < end && (at = lseek(region->fd, at, SEEK_DATA)) >= 0 && at < end) {
+		off_t hole = lseek(region->fd, at, SEEK_HOLE);
+
+		if (hole < 0 || hole > end)
+			hole = end;
+		memset((char *)region->header + at, 0, (size_t)(hole - at));
+		at = hole;
+	}
+}
+
+static uint64_t resident_pages(const struct region *region)
+{
+	struct stat st = {0};
+
+	fstat(region->fd, &st);
+	return (uint64_t)st.st_blocks * 512 / PAGE_BYTES;
+}
+
+/* Punch what is unused, in runs as long as can be; the last one ends with the region. */
+static void punch_unused(struct region *region, uint32_t nr_chunks)
+{
 	uint32_t from = 0;
+
+	for (uint32_t c = 0; c <= nr_chunks; c++) {
+		uint32_t to = c < nr_chunks ? c : region->nr_chunks;
+
+		if (c < nr_chunks && region->chunks[c].state == CHUNK_HOLE)
+			continue;
+		if (from < to)
+			punch_or_clear(region, (uint64_t)from * region->chunk_bytes,
+				       (uint64_t)(to - from) * region->chunk_bytes);
+		from = c + 1;
+	}
+}
+
+void region_reset_chunks(struct region *region, uint32_t nr_chunks)
+{
+	uint64_t before = resident_pages(region);
 
 	pthread_mutex_lock(&region->lock);
 	region->ready = region->holes = region->stale = CHUNK_NONE;
 	region->nr_ready = region->nr_used = 0;
-	for (uint32_t c = 0; c <= touched; c++) {
-		bool used = c < touched && (region->chunks[c].state == CHUNK_USED ||
-					    region->chunks[c].state == CHUNK_WHOLE);
+	for (uint32_t c = nr_chunks; c-- > 0;) {
+		enum chunk_state state = region->chunks[c].state;
 
-		if (c < touched && !used) {
+		if (state == CHUNK_USED || state == CHUNK_WHOLE)
+			region->nr_used++;
+		else
 			list_push(region, &region->holes, c, CHUNK_HOLE);
-			continue;
-		}
-		region->nr_used += used;
-		if (from < c)
-			punch_or_clear(region, (uint64_t)from * region->chunk_bytes,
-				       (uint64_t)(c - from) * region->chunk_bytes);
-		from = c + 1;
 	}
+	punch_unused(region, nr_chunks);
+	atomic_store(&region->nr_touched, nr_chunks);
 	pthread_mutex_unlock(&region->lock);
+	before -= resident_pages(region);
+	if ((int64_t)before > 0)
+		atomic_fetch_add(&region->header->pages_returned, before);
 }
 
 static void note_max_used(struct region *region)
@@ -487,12 +383,10 @@ int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 	pthread_mutex_lock(&region->lock);
 	if (region->nr_used >= cap) {
 		rv = -ENOSPC;
-	} else if (!has_ready(region, compacting)) {
+	} else if (!has_ready(region, compacting) || (*chunk = ready_pop(region)) == CHUNK_NONE) {
 		rv = -EAGAIN;
 	} else {
-		*chunk = list_pop(region, &region->ready);
 		region->chunks[*chunk].state = CHUNK_USED;
-		region->nr_ready--;
 		region->nr_used++;
 		note_max_used(region);
 	}
@@ -530,7 +424,7 @@ void region_give_punched(struct region *region, uint32_t chunk)
 	/* The whole chunk will be counted as returned; these pages were before. */
 	atomic_fetch_sub(&region->header->pages_returned, region->chunks[chunk].punched);
 	pthread_mutex_lock(&region->lock);
-	list_push(region, &region->stale, chunk, CHUNK_RETURNING);
+	list_push(region, &region->stale, chunk, CHUNK_STALE);
 	region->nr_used--;
 	tell(region);
 	pthread_mutex_unlock(&region->lock);
@@ -599,7 +493,7 @@ void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint
 	uint64_t ready;
 
 	pthread_mutex_lock(&region->keeping);
-	*tables = resident_bytes(region->fd, region->header->arena_off);
+	*tables = resident_bytes(region->fd, region->geometry.arena_off);
 	pthread_mutex_lock(&region->lock);
 	fstat(region->fd, &st);
 	ready = (uint64_t)region->nr_ready * region->chunk_bytes;

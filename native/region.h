@@ -2,7 +2,7 @@
  *
  * region - the shared memory that outlives a worker
  *
- *   0          header: format, geometry, counters
+ *   0          header: geometry, twice, and counters
  *   map_off    one bit for each page of the slot table that was ever touched; twice, because a
  *              bit that is lost would lose 512 pages without a word
  *   slot_off   slot table: a 64-bit slot for each page of the file
@@ -13,6 +13,10 @@
  *
  * Everything is found by offset from the start; nothing in a region is a pointer. Untouched
  * parts are holes in the file and read as zeroes: 'never used' is zero everywhere.
+ *
+ * Nothing that can be damaged there may lead astray: of the geometry struct region has its own
+ * copy, and links and states in the chunk table are compared with what they ought to be. A list
+ * that is damaged ends early; what was behind it is out of use until store_rebuild().
  *
  * A chunk is HOLE (no memory), READY (populated, all zero, the reserve), or USED (the arena's).
  * One keeper thread for each region populates READY chunks ahead of need and punches those above
@@ -44,14 +48,19 @@ struct counters {
 	_Atomic uint64_t same_pages, pages_stored, good_pages, raw_pages, compr_bytes;
 } __attribute__((aligned(128)));
 
-struct region_header {
+/* Written once. Magic and format stay where they are in all formats. */
+struct region_geometry {
 	char magic[8];
 	uint32_t format;
 	uint32_t chunk_bytes;
 	uint64_t nr_pages, mem_limit, reserve_bytes;
 	uint64_t nr_chunks;
 	uint64_t map_off, slot_off, word_off, chunk_off, arena_off, total_bytes;
-	_Atomic uint32_t nr_chunks_touched; /* chunks from here on were never used */
+	uint64_t sum; /* over all of the above */
+};
+
+struct region_header {
+	struct region_geometry geometry, geometry_copy;
 	_Atomic uint64_t invalid_io, pages_compacted, pages_returned, max_used_bytes;
 	struct counters counters[REGION_NR_COUNTERS];
 };
@@ -59,13 +68,14 @@ struct region_header {
 enum chunk_state {
 	CHUNK_HOLE = 0,
 	CHUNK_READY,
-	CHUNK_USED,	 /* holds blocks */
-	CHUNK_WHOLE,	 /* is one block, its tag in next and prev; only where chunks are pages */
-	CHUNK_RETURNING, /* between READY and HOLE, the keeper's */
+	CHUNK_USED,  /* holds blocks */
+	CHUNK_WHOLE, /* is one block, its tag in next and prev; only where chunks are pages */
+	CHUNK_STALE, /* zero where it is populated; on its way to HOLE */
+	CHUNK_KEPT,  /* in the keeper's hands, and in no list */
 };
 
 struct chunk {
-	uint32_t next, prev;   /* HOLE, READY: next in the list; USED: the arena's lists */
+	uint32_t next, prev;   /* HOLE, READY, STALE: next in the list; USED: the arena's lists */
 	uint16_t live_words;   /* USED: words in allocated blocks, headers included */
 	uint16_t nr_blocks;    /* USED: allocated blocks */
 	_Atomic uint8_t state; /* changed under region->lock, looked at under arena->lock, too */
@@ -79,6 +89,7 @@ struct chunk {
 #define CHUNK_PUNCHED 2	 /* not populated throughout */
 
 struct region {
+	struct region_geometry geometry; /* not the one that can be damaged */
 	struct region_header *header;
 	_Atomic uint64_t *map, *map_copy;
 	slot_t *slots;
@@ -87,7 +98,8 @@ struct region {
 	uint32_t *arena;
 	uint32_t nr_chunks;
 	uint32_t chunk_bytes, chunk_words;
-	uint32_t chunk_shift; /* place >> chunk_shift is the chunk's number */
+	uint32_t chunk_shift;	     /* place >> chunk_shift is the chunk's number */
+	_Atomic uint32_t nr_touched; /* chunks from here on were never used */
 	int fd;
 
 	pthread_mutex_t keeping;
@@ -116,6 +128,8 @@ int region_format(int fd, const struct store_options *options);
 /**
  * region_map - map the region in @fd; the keeper is not yet started, no chunk is READY
  *
+ * A damaged header is mended from its copy.
+ *
  * Return: 0, -EINVAL (not a region), -EPROTONOSUPPORT (another format), -ENOMEM.
  */
 int region_map(struct region **out, int fd);
@@ -127,14 +141,31 @@ int region_start_keeper(struct region *region);
 void region_destroy(struct region *region);
 
 /**
- * region_reset_chunks - forget which chunks are READY
+ * region_mend - put right what is in the region twice, or known here
  *
- * For rebuild: chunks that are USED or WHOLE stay, all others below nr_chunks_touched lose their
- * memory and become HOLE. Recounts.
+ * The header's geometry is written again; of the two maps of touched slots, where one lost a bit,
+ * or a process died between the two, the other has it.
+ */
+void region_mend(struct region *region);
+
+/**
+ * region_check - do header, maps and lists of chunks hold what they promise?
+ *
+ * Context: region->keeping held.
+ * Return: 0, -EUCLEAN (@message says what is wrong).
+ */
+int region_check(struct region *region, char *message);
+
+/**
+ * region_reset_chunks - forget which chunks are READY
+ * @nr_chunks: chunks from here on are not in use, whatever the chunk table says
+ *
+ * For rebuild: chunks that are USED or WHOLE stay, all others lose their memory; those below
+ * @nr_chunks become HOLE, those above are as if never used. Recounts.
  *
  * Context: region->keeping held; nobody else inside.
  */
-void region_reset_chunks(struct region *region);
+void region_reset_chunks(struct region *region, uint32_t nr_chunks);
 
 /**
  * region_take_chunk - get a populated, zeroed chunk
@@ -180,6 +211,12 @@ uint32_t region_compaction_budget(struct region *region);
  * Return: 0, -errno.
  */
 int region_punch(struct region *region, uint64_t offset, uint64_t bytes);
+
+/* Chunks that may be in use. */
+static inline uint32_t region_nr_touched(const struct region *region)
+{
+	return atomic_load_explicit(&region->nr_touched, memory_order_relaxed);
+}
 
 /** region_usage - what the OS says: resident bytes of arena, tables and reserve. */
 void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint64_t *reserve);

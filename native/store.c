@@ -33,7 +33,7 @@ static int store_open(struct store **out, int fd)
 		rv = -ENOMEM;
 		goto out_scratch;
 	}
-	store->nr_pages = store->region->header->nr_pages;
+	store->nr_pages = store->region->geometry.nr_pages;
 	store->watch_fd = -1;
 	pthread_mutex_init(&store->compacting, NULL);
 	arena_init(&store->arena, store->region);

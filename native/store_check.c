@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define MESSAGE_BYTES 160
+#define PREFETCH_AHEAD 8
 
 #define FAULT(message, ...) (snprintf(message, MESSAGE_BYTES, __VA_ARGS__), -EUCLEAN)
 
@@ -50,15 +51,28 @@ static void sum_gauges(const struct store *store, struct counters *sum)
 	}
 }
 
+/* One set may have been read before a page was counted in it, another after that page was counted
+ * out of there: what is next to nothing then seems to be below it. */
+static void floor_gauges(struct counters *sum)
+{
+	_Atomic uint64_t *gauges[] = {&sum->same_pages, &sum->pages_stored, &sum->good_pages,
+				      &sum->raw_pages, &sum->compr_bytes};
+
+	for (int i = 0; i < 5; i++)
+		if ((int64_t)*gauges[i] < 0)
+			*gauges[i] = 0;
+}
+
 int store_get_stats(struct store *store, struct store_stats *out)
 {
 	const struct region_header *h = store->region->header;
 	struct counters sum;
 
 	sum_gauges(store, &sum);
+	floor_gauges(&sum);
 	*out = (struct store_stats){
-		.nr_pages = h->nr_pages,
-		.mem_limit = h->mem_limit,
+		.nr_pages = store->nr_pages,
+		.mem_limit = store->region->geometry.mem_limit,
 		.reads = sum.reads,
 		.writes = sum.writes,
 		.failed_reads = sum.failed_reads,
@@ -86,11 +100,14 @@ int store_get_stats(struct store *store, struct store_stats *out)
 static int check_slot(struct store *store, uint64_t index, struct tally *tally, char *message)
 {
 	uint64_t word = atomic_load(&store->region->slots[index]);
-	uint8_t page[PAGE_BYTES];
+	struct scratch *s = store_enter(store);
+	int rv = store_load(store, index, word, s->page);
 
+	codec_fill(s->page, 0);
+	store_leave(s);
 	if (word & SLOT_LOCK)
 		return FAULT(message, "slot %llu is locked", (unsigned long long)index);
-	if (store_load(store, index, word, page))
+	if (rv)
 		return FAULT(message, "page %llu is damaged", (unsigned long long)index);
 	store_count_page(&tally->counters, word, 1);
 	tally->nr_blocks += slot_has_block(word);
@@ -112,7 +129,7 @@ static bool slot_names(const struct store *store, uint32_t owner, uint64_t place
 static int check_owners(struct store *store, uint64_t nr_blocks, char *message)
 {
 	const struct region *region = store->region;
-	uint32_t touched = atomic_load(&region->header->nr_chunks_touched);
+	uint32_t touched = region_nr_touched(region);
 	uint64_t nr = store->arena.nr_whole;
 
 	for (uint32_t c = 0; c < touched; c++) {
@@ -151,25 +168,11 @@ static int check_gauges(struct store *store, const struct counters *tally, char 
 	return 0;
 }
 
-static int check_map(const struct store *store, char *message)
-{
-	for (uint64_t at = 0; at < store->nr_pages; at += TABLE_SLOTS * 64) {
-		uint64_t n = at / TABLE_SLOTS / 64;
-
-		if (store->region->map[n] != store->region->map_copy[n])
-			return FAULT(message, "the two maps of touched slots differ at page %llu",
-				     (unsigned long long)at);
-	}
-	return 0;
-}
-
 int store_check(struct store *store, char *message)
 {
 	struct tally tally = {0};
 	int rv = arena_check(&store->arena, message);
 
-	if (!rv)
-		rv = check_map(store, message);
 	for_each_touched(store, index) {
 		if (rv)
 			break;
@@ -184,33 +187,50 @@ int store_check(struct store *store, char *message)
 	return rv;
 }
 
-/* Can a slot's word be trusted to say where its block is? */
-static bool claims_block(const struct store *store, uint64_t index, uint64_t word)
+/* What rebuild finds out about a chunk. */
+struct chunk_claims {
+	uint32_t first; /* among all claims */
+	uint32_t nr;
+};
+
+/* Where a slot says its block is, before anything there is looked at. Is that inside a chunk? */
+static bool names_place(const struct store *store, uint64_t word)
 {
 	const struct region *region = store->region;
 	uint64_t place = slot_place(word);
-	uint64_t c = place >> region->chunk_shift;
 	uint32_t offset = (uint32_t)(place & (region->chunk_words - 1));
 	uint32_t words = arena_words(slot_length(word));
-	bool whole = words > region->chunk_words;
-	uint64_t target;
-	uint8_t state;
 
-	if (!slot_has_block(word) || (offset && offset < BLOCK_MIN_WORDS) ||
-	    (!whole && offset + words > region->chunk_words) ||
-	    c >= atomic_load(&region->header->nr_chunks_touched))
+	if (!slot_has_block(word) || place >> region->chunk_shift >= region->nr_chunks)
 		return false;
-	/* Whether the tag is in the chunk table is the slot's to say. */
-	state = region->chunks[c].state;
-	region->chunks[c].state = whole ? CHUNK_WHOLE : CHUNK_USED;
-	if (!store_seal_target(store, index, word, &target) && slot_is_sealed(word, target))
-		return true;
-	region->chunks[c].state = state;
-	return false;
+	if (words > region->chunk_words)
+		return offset == 0;
+	return (offset == 0 || offset >= BLOCK_MIN_WORDS) && offset + words <= region->chunk_words;
 }
 
-/* Unlock every slot; count the trustworthy claims on each chunk in @ends[chunk]. */
-static uint64_t count_claims(struct store *store, uint32_t *ends)
+static bool is_whole(const struct store *store, uint32_t bytes)
+{
+	return arena_words(bytes) > store->region->chunk_words;
+}
+
+/* Can a slot's word be trusted to say where its block is? Whether the tag is in the chunk table is
+ * the slot's to say, too. */
+static bool claims_block(const struct store *store, uint64_t index, uint64_t word)
+{
+	struct chunk *chunk;
+	uint64_t target;
+
+	if (!names_place(store, word))
+		return false;
+	if (store->arena.has_whole) {
+		chunk = &store->region->chunks[slot_place(word) >> store->region->chunk_shift];
+		chunk->state = is_whole(store, slot_length(word)) ? CHUNK_WHOLE : CHUNK_USED;
+	}
+	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
+}
+
+/* Unlock every slot; count how many name each chunk. Returns how many there are. */
+static uint64_t count_claims(struct store *store, struct chunk_claims *chunks)
 {
 	uint64_t nr = 0;
 
@@ -219,35 +239,78 @@ static uint64_t count_claims(struct store *store, uint32_t *ends)
 
 		if (word & SLOT_LOCK)
 			slot_unlock(&store->region->slots[index]);
-		if (claims_block(store, index, word)) {
-			ends[slot_place(word) >> store->region->chunk_shift]++;
+		if (names_place(store, word)) {
+			chunks[slot_place(word) >> store->region->chunk_shift].nr++;
 			nr++;
 		}
 	}
 	return nr;
 }
 
-/* Sort the claims by chunk; @ends becomes where each chunk's claims end. */
-static void collect_claims(struct store *store, struct arena_claim *claims, uint32_t *ends,
-			   uint32_t nr_chunks)
+/* Give each chunk its part of the claims. Returns the chunks up to the last that has any. */
+static uint32_t divide_claims(const struct store *store, struct chunk_claims *chunks)
 {
+	uint32_t nr_chunks = 0;
 	uint32_t at = 0;
 
-	for (uint32_t c = 0; c < nr_chunks; c++) {
-		uint32_t nr = ends[c];
+	for (uint32_t c = 0; c < store->region->nr_chunks; c++) {
+		uint32_t nr = chunks[c].nr;
 
-		ends[c] = at;
+		if (!nr)
+			continue;
+		chunks[c] = (struct chunk_claims){.first = at};
 		at += nr;
+		nr_chunks = c + 1;
 	}
-	for_each_touched(store, index) {
-		uint64_t word = atomic_load(&store->region->slots[index]);
+	return nr_chunks;
+}
 
+static void forget_gauges(struct counters *sets)
+{
+	for (int i = 0; i < REGION_NR_COUNTERS; i++) {
+		sets[i].same_pages = sets[i].pages_stored = 0;
+		sets[i].good_pages = sets[i].raw_pages = sets[i].compr_bytes = 0;
+	}
+}
+
+static bool is_sound(const struct store *store, uint64_t index, uint64_t word)
+{
+	uint64_t target;
+
+	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
+}
+
+static void prefetch_block(const struct store *store, uint64_t word)
+{
+	if (names_place(store, word))
+		__builtin_prefetch(store->region->arena + slot_place(word), 1);
+}
+
+/* Sort the claims by chunk, set the gauges. Returns the pages that cannot be read. Blocks are all
+ * over memory; most of the time went by waiting for them. */
+static int64_t collect_claims(struct store *store, struct arena_claim *claims,
+			      struct chunk_claims *chunks)
+{
+	struct region *region = store->region;
+	int64_t damaged = 0;
+
+	forget_gauges(region->header->counters);
+	for_each_touched(store, index) {
+		uint64_t word = atomic_load(&region->slots[index]);
+		struct chunk_claims *chunk = &chunks[slot_place(word) >> region->chunk_shift];
+
+		if (index % TABLE_SLOTS + PREFETCH_AHEAD < TABLE_SLOTS)
+			prefetch_block(store, atomic_load(&region->slots[index + PREFETCH_AHEAD]));
+		store_count_page(&region->header->counters[0], word, 1);
 		if (claims_block(store, index, word))
-			claims[ends[slot_place(word) >> store->region->chunk_shift]++] =
+			claims[chunk->first + chunk->nr++] =
 				(struct arena_claim){.place = slot_place(word),
 						     .bytes = slot_length(word),
 						     .owner = (uint32_t)index};
+		else
+			damaged += slot_has_block(word) || !is_sound(store, index, word);
 	}
+	return damaged;
 }
 
 static int compare_claims(const void *a, const void *b)
@@ -276,87 +339,62 @@ static uint32_t drop_overlaps(struct arena_claim *claims, uint32_t nr)
 	return kept;
 }
 
-static void rebuild_chunks(struct store *store, struct arena_claim *claims, const uint32_t *ends,
-			   uint32_t nr_chunks)
+static void rebuild_chunk(struct store *store, uint32_t c, struct arena_claim *claims, uint32_t nr)
 {
-	struct region *region = store->region;
-	uint32_t from = 0;
+	struct chunk *chunk = &store->region->chunks[c];
 
-	for (uint32_t c = 0; c < nr_chunks; from = ends[c++]) {
-		uint32_t nr = ends[c] - from;
-
-		if (!nr) {
-			region->chunks[c].state = CHUNK_HOLE;
-		} else if (region->chunks[c].state == CHUNK_WHOLE) {
-			store->arena.nr_chunks++;
-			store->arena.nr_whole++;
-		} else {
-			qsort(&claims[from], nr, sizeof(*claims), compare_claims);
-			nr = drop_overlaps(&claims[from], nr);
-			arena_rebuild_chunk(&store->arena, c, &claims[from], nr);
-		}
+	if (!nr) {
+		chunk->state = CHUNK_HOLE;
+		return;
 	}
-	region_reset_chunks(region);
+	qsort(claims, nr, sizeof(*claims), compare_claims);
+	nr = drop_overlaps(claims, nr);
+	if (is_whole(store, claims->bytes)) {
+		chunk->state = CHUNK_WHOLE;
+		store->arena.nr_chunks++;
+		store->arena.nr_whole++;
+	} else {
+		arena_rebuild_chunk(&store->arena, c, claims, nr);
+	}
 }
 
-/* Set the gauges from the slots. Returns the pages that cannot be read. */
-static int64_t recount(struct store *store)
+/* With region->keeping. */
+static int64_t rebuild(struct store *store, struct chunk_claims *chunks)
 {
-	struct counters *sets = store->region->header->counters;
-	int64_t damaged = 0;
+	uint64_t nr_claims = count_claims(store, chunks);
+	uint32_t nr_chunks = divide_claims(store, chunks);
+	struct arena_claim *claims = malloc((nr_claims + 1) * sizeof(*claims));
+	int64_t damaged;
 
-	for (int i = 0; i < REGION_NR_COUNTERS; i++) {
-		sets[i].same_pages = sets[i].pages_stored = 0;
-		sets[i].good_pages = sets[i].raw_pages = sets[i].compr_bytes = 0;
-	}
-	for_each_touched(store, index) {
-		uint64_t word = atomic_load(&store->region->slots[index]);
-		uint64_t target;
-
-		store_count_page(&sets[0], word, 1);
-		damaged += store_seal_target(store, index, word, &target) ||
-			   !slot_is_sealed(word, target);
-	}
+	if (!claims)
+		return -ENOMEM;
+	arena_fini(&store->arena);
+	arena_init(&store->arena, store->region);
+	damaged = collect_claims(store, claims, chunks);
+	for (uint32_t c = 0; c < nr_chunks; c++)
+		rebuild_chunk(store, c, claims + chunks[c].first, chunks[c].nr);
+	region_reset_chunks(store->region, nr_chunks);
+	free(claims);
 	return damaged;
-}
-
-/* Where one map lost a bit, or a process died between the two, the other has it. */
-static void mend_map(struct store *store)
-{
-	struct region *region = store->region;
-
-	for (uint64_t at = 0; at < store->nr_pages; at += TABLE_SLOTS * 64) {
-		uint64_t n = at / TABLE_SLOTS / 64;
-
-		region->map[n] |= region->map_copy[n];
-		region->map_copy[n] |= region->map[n];
-	}
 }
 
 int64_t store_rebuild(struct store *store)
 {
-	uint32_t nr_chunks = atomic_load(&store->region->header->nr_chunks_touched);
-	uint32_t *ends = calloc(nr_chunks + 1ULL, sizeof(*ends));
-	struct arena_claim *claims = NULL;
-	int64_t rv = -ENOMEM;
-	uint64_t nr;
+	struct region *region = store->region;
+	struct chunk_claims *chunks = calloc(region->nr_chunks, sizeof(*chunks));
+	uint32_t nr_touched;
+	int64_t rv;
 
-	if (!ends)
-		goto out;
-	mend_map(store);
-	nr = count_claims(store, ends);
-	claims = malloc((nr + 1) * sizeof(*claims));
-	if (!claims)
-		goto out;
-	pthread_mutex_lock(&store->region->keeping);
-	arena_fini(&store->arena);
-	arena_init(&store->arena, store->region);
-	collect_claims(store, claims, ends, nr_chunks);
-	rebuild_chunks(store, claims, ends, nr_chunks);
-	pthread_mutex_unlock(&store->region->keeping);
-	rv = recount(store);
-out:
-	free(claims);
-	free(ends);
+	if (!chunks)
+		return -ENOMEM;
+	pthread_mutex_lock(&region->keeping);
+	region_mend(region);
+	/* Any chunk may be in use. */
+	nr_touched = atomic_exchange(&region->nr_touched, region->nr_chunks);
+	rv = rebuild(store, chunks);
+	if (rv < 0)
+		atomic_store(&region->nr_touched, nr_touched);
+	pthread_mutex_unlock(&region->keeping);
+	free(chunks);
 	return rv;
 }

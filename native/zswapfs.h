@@ -12,7 +12,7 @@
 #define STORE_MAX_PAGES 268435456 /* 1 TiB of content; what a slot's place can address */
 #define STORE_MIN_CHUNK_BYTES 4096
 #define STORE_MAX_CHUNK_BYTES 65536
-#define REGION_FORMAT 1 /* version of the layout; a region of another version is refused */
+#define REGION_FORMAT 2 /* version of the layout; a region of another version is refused */
 
 /* Flags of region_memory(). */
 #define REGION_NOSWAP 1 /* pages cannot be swapped out, locked or not */

@@ -88,7 +88,7 @@ static void flip_slot(uint64_t i, uint32_t bit)
 static void flip_arena(uint32_t at, uint32_t bit)
 {
 	struct region *region = store->region;
-	uint32_t c = at / region->chunk_bytes % atomic_load(&region->header->nr_chunks_touched);
+	uint32_t c = at / region->chunk_bytes % region_nr_touched(region);
 
 	/* READY chunks are the keeper's, and nobody looks at them until they are used. */
 	if (region->chunks[c].state != CHUNK_USED && region->chunks[c].state != CHUNK_WHOLE)

@@ -437,7 +437,7 @@ static void test_sparsest_chunk(void **state)
 		churn(&f, &seed, 300);
 		if (!f.arena.nr_chunks)
 			continue;
-		for (c = 0; c < atomic_load(&region->header->nr_chunks_touched); c++)
+		for (c = 0; c < region_nr_touched(region); c++)
 			if (region->chunks[c].state == CHUNK_USED &&
 			    region->chunks[c].live_words < fewest)
 				fewest = region->chunks[c].live_words;
@@ -542,7 +542,7 @@ static void assert_unused_chunks_zero(struct region *region)
 	static const uint8_t zeroes[65536];
 
 	pthread_mutex_lock(&region->keeping);
-	for (uint32_t c = 0; c < atomic_load(&region->header->nr_chunks_touched); c++)
+	for (uint32_t c = 0; c < region_nr_touched(region); c++)
 		if (region->chunks[c].state != CHUNK_USED)
 			assert_memory_equal(region->arena + c * 16384, zeroes, 65536);
 	pthread_mutex_unlock(&region->keeping);

@@ -63,12 +63,12 @@ static void scene_write(struct scene *s, uint64_t i, enum page_kind kind, uint64
 static void copy_region(struct scene *s)
 {
 	const struct region *region = s->store->region;
-	const struct region_header *h = region->header;
-	uint64_t chunks = (uint64_t)h->nr_chunks_touched * h->chunk_bytes;
+	const struct region_geometry *h = &region->geometry;
+	uint64_t chunks = (uint64_t)region_nr_touched(region) * h->chunk_bytes;
 
 	assert_int_equal(ftruncate(s->copy_fd, (off_t)(h->arena_off + chunks)), 0);
 	assert_int_equal(ftruncate(s->copy_fd, (off_t)h->total_bytes), 0);
-	assert_int_equal(pwrite(s->copy_fd, h, h->arena_off, 0), h->arena_off);
+	assert_int_equal(pwrite(s->copy_fd, region->header, h->arena_off, 0), h->arena_off);
 	assert_int_equal(pwrite(s->copy_fd, region->arena, chunks, (off_t)h->arena_off), chunks);
 }
 

@@ -156,12 +156,12 @@ static void test_layout_holds_the_tables(void **state)
 	for (uint32_t chunk = STORE_MIN_CHUNK_BYTES; chunk <= STORE_MAX_CHUNK_BYTES; chunk *= 2) {
 		for (size_t i = 0; i < ARRAY_SIZE(sizes); i++) {
 			struct store_options o = {.nr_pages = sizes[i], .chunk_bytes = chunk};
-			struct region_header h;
+			struct region_geometry h;
 			int fd = open_memory();
 
 			assert_int_equal(region_format(fd, &o), 0);
 			assert_int_equal(pread(fd, &h, sizeof(h), 0), sizeof(h));
-			assert_true(h.map_off >= sizeof(h));
+			assert_true(h.map_off >= sizeof(struct region_header));
 			assert_true(h.slot_off >= h.map_off + 2 * ((sizes[i] + 32767) / 32768) * 8);
 			assert_true(h.word_off >= h.slot_off + sizes[i] * 8);
 			assert_true(h.chunk_off >= h.word_off + sizes[i] * 16);
@@ -180,7 +180,7 @@ static void test_layout_holds_the_tables(void **state)
 static void test_other_files_are_not_mapped(void **state)
 {
 	struct store_options o = {.nr_pages = 10, .chunk_bytes = 65536};
-	struct region_header good, h;
+	struct region_geometry good[2], h[2];
 	struct region *region = NULL;
 	struct store *store = NULL;
 	int fd = open_memory();
@@ -188,19 +188,20 @@ static void test_other_files_are_not_mapped(void **state)
 	(void)state;
 	assert_int_equal(region_map(&region, fd), -EINVAL);
 	assert_int_equal(region_format(fd, &o), 0);
-	assert_int_equal(pread(fd, &good, sizeof(good), 0), sizeof(good));
+	assert_int_equal(pread(fd, good, sizeof(good), 0), sizeof(good));
 
-	h = good;
-	h.magic[3] ^= 1;
-	assert_int_equal(pwrite(fd, &h, sizeof(h), 0), sizeof(h));
+	memcpy(h, good, sizeof(h));
+	h[0].magic[3] ^= 1;
+	h[1].magic[3] ^= 1;
+	assert_int_equal(pwrite(fd, h, sizeof(h), 0), sizeof(h));
 	assert_int_equal(region_map(&region, fd), -EINVAL);
-	h = good;
-	h.format = REGION_FORMAT + 1;
-	assert_int_equal(pwrite(fd, &h, sizeof(h), 0), sizeof(h));
+	memcpy(h, good, sizeof(h));
+	h[0].format = h[1].format = REGION_FORMAT + 1;
+	assert_int_equal(pwrite(fd, h, sizeof(h), 0), sizeof(h));
 	assert_int_equal(region_map(&region, fd), -EPROTONOSUPPORT);
 	assert_int_equal(store_adopt(&store, fd), -EPROTONOSUPPORT);
-	assert_int_equal(pwrite(fd, &good, sizeof(good), 0), sizeof(good));
-	assert_int_equal(ftruncate(fd, (off_t)good.total_bytes - 1), 0);
+	assert_int_equal(pwrite(fd, good, sizeof(good), 0), sizeof(good));
+	assert_int_equal(ftruncate(fd, (off_t)good->total_bytes - 1), 0);
 	assert_int_equal(region_map(&region, fd), -EINVAL);
 	for (off_t end = 0; end < (off_t)sizeof(good); end++) {
 		assert_int_equal(ftruncate(fd, end), 0);
@@ -534,6 +535,7 @@ static void reset_forgets_unused_chunks(bool punch_fails)
 	struct fixture f;
 	struct region *again;
 	uint32_t keep[8];
+	uint32_t nr_chunks;
 
 	open_region(&f, 100000, CHUNK, 0, 4 * CHUNK);
 	for (int i = 0; i < 16; i++) {
@@ -545,11 +547,12 @@ static void reset_forgets_unused_chunks(bool punch_fails)
 		else
 			f.region->chunks[c].state = CHUNK_HOLE; /* as rebuild does */
 	}
+	nr_chunks = region_nr_touched(f.region);
 	region_destroy(f.region);
 	assert_int_equal(region_map(&again, f.fd), 0);
 	seam_set(&punch_seam, 0, punch_fails ? 1 << 30 : 0, ENOMEM);
 	pthread_mutex_lock(&again->keeping);
-	region_reset_chunks(again);
+	region_reset_chunks(again, nr_chunks);
 	pthread_mutex_unlock(&again->keeping);
 	assert_int_equal(again->nr_used, 8);
 	f.region = again;

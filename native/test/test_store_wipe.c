@@ -15,7 +15,7 @@ static uint8_t page[PAGE_BYTES];
 static bool region_holds(const struct region *region, const void *what, size_t bytes)
 {
 	const char *base = (const char *)region->header;
-	off_t end = (off_t)region->header->total_bytes, at = 0;
+	off_t end = (off_t)region->geometry.total_bytes, at = 0;
 
 	while (at < end && (at = lseek(region->fd, at, SEEK_DATA)) >= 0) {
 		off_t hole = lseek(region->fd, at, SEEK_HOLE);
