@@ -208,6 +208,7 @@ void arena_fini(struct arena *arena)
 
 /* About 10 us; a walk over a chunk, the longest hold, takes 5. */
 #define LOCK_SPINS 300
+#define YIELDS (LOCK_SPINS + 16)
 
 static void lock_spinning(struct arena *arena)
 {
@@ -230,8 +231,10 @@ void arena_lock(struct arena *arena)
 
 void arena_yield_lock(struct arena *arena)
 {
-	/* With one CPU, whoever waits may be waiting for this thread to leave it. */
-	for (int i = 0; atomic_load_explicit(&arena->waiting, memory_order_relaxed); i++)
+	/* With one CPU, whoever waits may be waiting for this thread to leave it. Somebody may wait
+	 * for the slot that is being moved, so this comes to its turn, however many want theirs. */
+	for (int i = 0; i < YIELDS && atomic_load_explicit(&arena->waiting, memory_order_relaxed);
+	     i++)
 		if (i < LOCK_SPINS)
 			slot_relax();
 		else

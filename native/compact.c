@@ -222,7 +222,7 @@ static int move_block(struct store *store, struct compaction *c, const struct mo
 	if (move->owner >= store->nr_pages || !region_touched(store->region, move->owner) ||
 	    !lock_owner(slot, &word))
 		return 0;
-	if (!slot_has_block(word) || slot_place(word) != move->place ||
+	if (!slot_has_block(word) || store_place(store, word) != move->place ||
 	    store_seal_target(store, move->owner, word, &target) || !slot_is_sealed(word, target))
 		goto out;
 	rv = next_place(store, c, word, move->owner, &to);
@@ -231,8 +231,8 @@ static int move_block(struct store *store, struct compaction *c, const struct mo
 	memcpy(arena_payload(&store->arena, to), arena_payload(&store->arena, move->place),
 	       slot_length(word));
 	arena_tag(&store->arena, to)->checksum = (uint32_t)target;
-	slot_swing(slot,
-		   slot_make_block(slot_state(word), to, slot_length(word), (uint32_t)target));
+	slot_swing(slot, slot_make_block(slot_state(word), to | store_tie(store, (uint32_t)target),
+					 slot_length(word), (uint32_t)target));
 	arena_wipe(&store->arena, move->place, slot_length(word));
 	c->left = move->place + 1;
 	return 1;
@@ -333,6 +333,7 @@ static bool choose_trimmed(struct store *store, struct compaction *c, uint32_t *
  * pages go back, and it takes no more blocks until a round empties it. Free blocks of an ISOLATED
  * chunk only grow, and their headers stay, so the arena's lock is not needed meanwhile. Should
  * the chunk be emptied, the keeper could give it to somebody else: region->keeping holds it off.
+ * The keeper waits for that, and others for the keeper, so here nobody is let go before.
  */
 static uint64_t trim(struct store *store, struct compaction *c)
 {
@@ -341,14 +342,14 @@ static uint64_t trim(struct store *store, struct compaction *c)
 	bool found;
 
 	pthread_mutex_lock(&store->region->keeping);
-	arena_yield_lock(&store->arena);
+	arena_lock(&store->arena);
 	found = choose_trimmed(store, c, &chunk);
 	arena_unlock(&store->arena);
 	for (uint32_t i = 0; found && i < c->nr_runs; i++) {
 		region_punch(store->region, c->runs[i].offset, c->runs[i].bytes);
 		won += c->runs[i].bytes;
 	}
-	arena_yield_lock(&store->arena);
+	arena_lock(&store->arena);
 	if (found && store->region->chunks[chunk].state == CHUNK_USED)
 		arena_unisolate(&store->arena, chunk);
 	arena_unlock(&store->arena);

@@ -98,6 +98,7 @@ struct region {
 	uint32_t *arena;
 	uint32_t nr_chunks;
 	uint32_t chunk_bytes, chunk_words;
+	uint32_t place_bits;	     /* that a place in this arena may have */
 	uint32_t chunk_shift;	     /* place >> chunk_shift is the chunk's number */
 	_Atomic uint32_t nr_touched; /* chunks from here on were never used */
 	int fd;

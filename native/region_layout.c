@@ -168,6 +168,13 @@ static void set_limits(struct region *region, const struct region_geometry *h)
 		region->spare = SPARE_CHUNKS;
 }
 
+static uint32_t place_bits(const struct region_geometry *h)
+{
+	uint64_t nr_words = h->nr_chunks * (h->chunk_bytes / 4);
+
+	return 64 - (uint32_t)__builtin_clzll(nr_words - 1);
+}
+
 int region_map(struct region **out, int fd)
 {
 	struct region_geometry h;
@@ -198,6 +205,7 @@ int region_map(struct region **out, int fd)
 	region->chunk_bytes = h.chunk_bytes;
 	region->chunk_words = h.chunk_bytes / 4;
 	region->chunk_shift = (uint32_t)__builtin_ctz(region->chunk_words);
+	region->place_bits = place_bits(&h);
 	region->fd = fd;
 	region->ready = region->holes = region->stale = CHUNK_NONE;
 	region_mend(region);

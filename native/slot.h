@@ -11,7 +11,8 @@
  * SAME:  the 50 bits of place and length hold the repeated word when it fits.
  * WORD0, WORD1: the repeated word is in the word table, which has two places for each slot, so
  *        that the old word stays until the slot has changed.
- * LZ4, RAW: place is the block, in 4-byte words from the arena's start; length is in bytes.
+ * LZ4, RAW: place is the block, in 4-byte words from the arena's start; length is in bytes. Bits
+ *        that no place in this arena needs hold the tie: as many low bits of the block's checksum.
  *
  * check is a CRC-8 over state, length and place and over what the slot points to: the block's
  * checksum, or the word in the word table. With it a slot, a block and one write of the page
@@ -57,6 +58,7 @@ static inline enum slot_state slot_state(uint64_t word)
 	return (enum slot_state)(word & SLOT_STATE_MASK);
 }
 
+/* The tie above it included: see store_place(). */
 static inline uint64_t slot_place(uint64_t word)
 {
 	return word >> SLOT_PLACE_SHIFT & ((1ULL << SLOT_PLACE_BITS) - 1);

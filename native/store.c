@@ -166,10 +166,12 @@ int store_seal_target(const struct store *store, uint64_t index, uint64_t word, 
 			memory_order_relaxed);
 	if (!slot_has_block(word))
 		return 0;
-	if (!arena_holds(&store->arena, slot_place(word), slot_length(word)))
+	if (!arena_holds(&store->arena, store_place(store, word), slot_length(word)))
 		return -EIO;
-	tag = arena_tag(&store->arena, slot_place(word));
+	tag = arena_tag(&store->arena, store_place(store, word));
 	*target = tag->checksum;
+	if ((store_place(store, word) | store_tie(store, tag->checksum)) != slot_place(word))
+		return -EIO;
 	return tag->owner == (uint32_t)index ? 0 : -EIO;
 }
 
@@ -193,7 +195,7 @@ int store_load(struct store *store, uint64_t index, uint64_t word, void *page)
 		return 0;
 	case SLOT_STATE_LZ4:
 	case SLOT_STATE_RAW:
-		payload = arena_payload(&store->arena, slot_place(word));
+		payload = arena_payload(&store->arena, store_place(store, word));
 		if (block_checksum(index, payload, slot_length(word)) != (uint32_t)target)
 			return -EIO;
 		if (slot_state(word) == SLOT_STATE_LZ4)
@@ -258,15 +260,12 @@ static bool staged_has_block(const struct staged *staged)
 
 void store_unlock_arena(struct store *store)
 {
-	int fd = -1;
-
+	/* Under the lock: once store_watch() has returned, nobody writes to what was watched before. */
 	if (store->watch_fd >= 0 && store->arena.freed_words >= store->watch_words) {
-		fd = store->watch_fd;
+		eventfd_write(store->watch_fd, 1);
 		store->watch_fd = -1;
 	}
 	arena_unlock(&store->arena);
-	if (fd >= 0)
-		eventfd_write(fd, 1);
 }
 
 /* Returns how many of @nr got their block; the first that did not ends it. */
@@ -321,7 +320,9 @@ static void fill_block(struct store *store, struct staged *staged, uint64_t inde
 	memcpy(arena_payload(&store->arena, staged->place), staged->payload, staged->length);
 	tag = arena_tag(&store->arena, staged->place);
 	tag->checksum = block_checksum(index, staged->payload, staged->length);
-	staged->word = slot_make_block(staged->state, staged->place, staged->length, tag->checksum);
+	staged->word =
+		slot_make_block(staged->state, staged->place | store_tie(store, tag->checksum),
+				staged->length, tag->checksum);
 }
 
 void store_watch(struct store *store, int event_fd, uint64_t freed_bytes)
@@ -340,14 +341,15 @@ static void free_blocks(struct store *store, struct scratch *s, const bool *soun
 
 	for (uint32_t i = 0; i < nr; i++)
 		if (sound[i])
-			arena_wipe(&store->arena, slot_place(s->old[i]), slot_length(s->old[i]));
+			arena_wipe(&store->arena, store_place(store, s->old[i]),
+				   slot_length(s->old[i]));
 	for (uint32_t i = 0; i < nr; i++) {
 		if (!sound[i])
 			continue;
 		if (!locked)
 			arena_lock(&store->arena);
 		locked = true;
-		arena_free(&store->arena, slot_place(s->old[i]));
+		arena_free(&store->arena, store_place(store, s->old[i]));
 	}
 	if (locked)
 		store_unlock_arena(store);
@@ -487,7 +489,7 @@ int64_t store_discard(struct store *store, uint64_t index, uint64_t nr)
 
 int64_t store_stored(struct store *store, uint64_t index, void *bytes, uint32_t *state)
 {
-	uint8_t page[PAGE_BYTES];
+	struct scratch *s;
 	slot_t *slot;
 	uint64_t word;
 	int64_t rv;
@@ -497,18 +499,21 @@ int64_t store_stored(struct store *store, uint64_t index, void *bytes, uint32_t 
 	*state = SLOT_EMPTY;
 	if (!region_touched(store->region, index))
 		return 0;
+	s = store_enter(store);
 	slot = &store->region->slots[index];
 	word = slot_lock(slot);
-	rv = store_load(store, index, word, page);
+	rv = store_load(store, index, word, s->page);
 	if (!rv && slot_is_same(word)) {
 		*state = SLOT_SAME;
-		memcpy(bytes, page, sizeof(word));
+		memcpy(bytes, s->page, sizeof(word));
 		rv = sizeof(word);
 	} else if (!rv && slot_has_block(word)) {
 		*state = slot_state(word) == SLOT_STATE_RAW ? SLOT_RAW : SLOT_LZ4;
 		rv = slot_length(word);
-		memcpy(bytes, arena_payload(&store->arena, slot_place(word)), (size_t)rv);
+		memcpy(bytes, arena_payload(&store->arena, store_place(store, word)), (size_t)rv);
 	}
 	slot_unlock(slot);
+	codec_fill(s->page, 0);
+	store_leave(s);
 	return rv;
 }

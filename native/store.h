@@ -65,6 +65,18 @@ static inline void counter_add(_Atomic uint64_t *counter, uint64_t n)
 	atomic_store_explicit(counter, now + n, memory_order_relaxed);
 }
 
+/* Where a slot's block is. */
+static inline uint64_t store_place(const struct store *store, uint64_t word)
+{
+	return slot_place(word) & ((1ULL << store->region->place_bits) - 1);
+}
+
+/* What the place of a block with @checksum has in the bits above it. */
+static inline uint64_t store_tie(const struct store *store, uint32_t checksum)
+{
+	return (uint64_t)checksum << store->region->place_bits & ((1ULL << SLOT_PLACE_BITS) - 1);
+}
+
 /** store_enter - get a desk; waits when all are taken. */
 struct scratch *store_enter(struct store *store);
 void store_leave(struct scratch *scratch);

@@ -121,7 +121,7 @@ static bool slot_names(const struct store *store, uint32_t owner, uint64_t place
 	if (owner >= store->nr_pages || !region_touched(store->region, owner))
 		return false;
 	word = atomic_load(&store->region->slots[owner]);
-	return slot_has_block(word) && slot_place(word) == place;
+	return slot_has_block(word) && store_place(store, word) == place;
 }
 
 /* Every allocated block is named by its owner's slot; slots name as many blocks as there are, so
@@ -197,7 +197,7 @@ struct chunk_claims {
 static bool names_place(const struct store *store, uint64_t word)
 {
 	const struct region *region = store->region;
-	uint64_t place = slot_place(word);
+	uint64_t place = store_place(store, word);
 	uint32_t offset = (uint32_t)(place & (region->chunk_words - 1));
 	uint32_t words = arena_words(slot_length(word));
 
@@ -223,7 +223,8 @@ static bool claims_block(const struct store *store, uint64_t index, uint64_t wor
 	if (!names_place(store, word))
 		return false;
 	if (store->arena.has_whole) {
-		chunk = &store->region->chunks[slot_place(word) >> store->region->chunk_shift];
+		chunk = &store->region
+				 ->chunks[store_place(store, word) >> store->region->chunk_shift];
 		chunk->state = is_whole(store, slot_length(word)) ? CHUNK_WHOLE : CHUNK_USED;
 	}
 	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
@@ -240,7 +241,7 @@ static uint64_t count_claims(struct store *store, struct chunk_claims *chunks)
 		if (word & SLOT_LOCK)
 			slot_unlock(&store->region->slots[index]);
 		if (names_place(store, word)) {
-			chunks[slot_place(word) >> store->region->chunk_shift].nr++;
+			chunks[store_place(store, word) >> store->region->chunk_shift].nr++;
 			nr++;
 		}
 	}
@@ -283,7 +284,7 @@ static bool is_sound(const struct store *store, uint64_t index, uint64_t word)
 static void prefetch_block(const struct store *store, uint64_t word)
 {
 	if (names_place(store, word))
-		__builtin_prefetch(store->region->arena + slot_place(word), 1);
+		__builtin_prefetch(store->region->arena + store_place(store, word), 1);
 }
 
 /* Sort the claims by chunk, set the gauges. Returns the pages that cannot be read. Blocks are all
@@ -297,14 +298,15 @@ static int64_t collect_claims(struct store *store, struct arena_claim *claims,
 	forget_gauges(region->header->counters);
 	for_each_touched(store, index) {
 		uint64_t word = atomic_load(&region->slots[index]);
-		struct chunk_claims *chunk = &chunks[slot_place(word) >> region->chunk_shift];
+		struct chunk_claims *chunk =
+			&chunks[store_place(store, word) >> region->chunk_shift];
 
 		if (index % TABLE_SLOTS + PREFETCH_AHEAD < TABLE_SLOTS)
 			prefetch_block(store, atomic_load(&region->slots[index + PREFETCH_AHEAD]));
 		store_count_page(&region->header->counters[0], word, 1);
 		if (claims_block(store, index, word))
 			claims[chunk->first + chunk->nr++] =
-				(struct arena_claim){.place = slot_place(word),
+				(struct arena_claim){.place = store_place(store, word),
 						     .bytes = slot_length(word),
 						     .owner = (uint32_t)index};
 		else

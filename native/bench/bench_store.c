@@ -229,7 +229,7 @@ static struct store *new_store(uint64_t nr_pages)
 {
 	struct store_options options = {
 		.nr_pages = nr_pages, .reserve_bytes = 4 << 20, .chunk_bytes = 65536};
-	struct store *store;
+	struct store *store = NULL;
 	uint32_t flags;
 	int fd = region_memory(&flags);
 

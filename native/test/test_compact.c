@@ -213,12 +213,13 @@ static bool has_block(struct scene *s, uint64_t i)
 static uint32_t chunk_of_page(struct scene *s, uint64_t i)
 {
 	return arena_chunk_of(&s->store->arena,
-			      slot_place(atomic_load(&s->store->region->slots[i])));
+			      store_place(s->store, atomic_load(&s->store->region->slots[i])));
 }
 
 static struct block *block_of(struct scene *s, uint64_t i)
 {
-	return block_at(&s->store->arena, slot_place(atomic_load(&s->store->region->slots[i])));
+	return block_at(&s->store->arena,
+			store_place(s->store, atomic_load(&s->store->region->slots[i])));
 }
 
 /* A damaged page, whatever is damaged of it, keeps its chunk, and no other. */
