@@ -294,8 +294,8 @@ def pyplot() -> Any | None:
 
 
 def save(name: str | Path, values: object) -> Path:
-    """Write results as JSON, below build/bench unless ``name`` says where; return the file."""
-    file = (RESULTS / name).with_suffix(".json")
+    """Write results as JSON, to build/bench unless a path says where; return the file."""
+    file = RESULTS / f"{name}.json" if isinstance(name, str) else name.with_suffix(".json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=2) + "\n")
     return file
