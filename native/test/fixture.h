@@ -32,6 +32,18 @@
 #define MIB (1024 * KIB)
 #define GIB (1024 * MIB)
 
+/* Sanitizers keep shadows of memory: page faults, and mappings larger than a walk can be. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define IS_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define IS_SANITIZED 1
+#endif
+#endif
+#ifndef IS_SANITIZED
+#define IS_SANITIZED 0
+#endif
+
 #define ARRAY_SIZE(array) (sizeof(array) / sizeof(*(array)))
 
 /* assert_int_equal() and so on print no more than two numbers. */

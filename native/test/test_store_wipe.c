@@ -233,6 +233,131 @@ static void test_orphans_are_gone_after_rebuild(void **state)
 	close(fd);
 }
 
+/* The secret's bytes are never together in memory but where the store put them: here they are
+ * masked, and whoever compares unmasks one at a time. */
+#define SECRET_BYTES 24
+static volatile const uint8_t masked_secret[SECRET_BYTES] = {
+	0x91, 0x3c, 0xf7, 0x08, 0x6d, 0xe2, 0x55, 0xba, 0x1f, 0xc4, 0x73, 0xd8,
+	0x2b, 0x86, 0xe9, 0x40, 0xb5, 0x1a, 0x6f, 0xcc, 0x33, 0x98, 0x07, 0x5e};
+#define SECRET_MASK 0xa5
+
+static void put_secret(uint8_t *to)
+{
+	for (int i = 0; i < SECRET_BYTES; i++)
+		to[i] = masked_secret[i] ^ SECRET_MASK;
+}
+
+/* Half of it is enough: content is copied in pieces of 8 or 16 bytes. */
+static uint32_t count_secrets(const uint8_t *bytes, size_t nr)
+{
+	const uint8_t first = masked_secret[0] ^ SECRET_MASK;
+	uint32_t found = 0;
+
+	for (const uint8_t *at = bytes; nr >= SECRET_BYTES / 2; at++) {
+		size_t left = nr - (size_t)(at - bytes) - SECRET_BYTES / 2 + 1;
+		int i = 0;
+
+		if (left > nr || !(at = memchr(at, first, left)))
+			break;
+		while (i < SECRET_BYTES / 2 && at[i] == (masked_secret[i] ^ SECRET_MASK))
+			i++;
+		found += i == SECRET_BYTES / 2;
+	}
+	return found;
+}
+
+/* In all mappings of this process but @window, what it is looked at through. */
+static uint32_t secrets_in_process(uint8_t *window, size_t window_bytes)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	int mem = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+	uint32_t found = 0;
+	uintptr_t from, to;
+	char line[512];
+
+	assert_true(maps && mem >= 0);
+	while (fgets(line, sizeof(line), maps)) {
+		assert_int_equal(sscanf(line, "%lx-%lx", &from, &to), 2);
+		if (from <= (uintptr_t)window && (uintptr_t)window < to)
+			continue;
+		for (uintptr_t at = from; at < to; at += window_bytes - PAGE_BYTES) {
+			size_t nr = to - at < window_bytes ? to - at : window_bytes;
+			ssize_t got = pread(mem, window, nr, (off_t)at);
+
+			if (got <= 0)
+				break; /* [vvar] and the like */
+			found += count_secrets(window, (size_t)got);
+		}
+	}
+	explicit_bzero(window, window_bytes);
+	close(mem);
+	fclose(maps);
+	return found;
+}
+
+static void write_secret(struct store *store, uint64_t index, enum page_kind kind)
+{
+	make_page(page, kind, index + 1);
+	put_secret(page + 1000);
+	assert_int_equal(store_write(store, index, 1, page), 1);
+	explicit_bzero(page, sizeof(page));
+}
+
+/* Everything that pages go through: written alone and in batches, read, read and changed in part,
+ * looked at, checked, moved; in another thread, too. */
+static void *use_secrets(void *arg)
+{
+	struct store *store = arg;
+	static uint8_t pages[40 * PAGE_BYTES];
+	char message[160];
+	uint32_t state;
+
+	for (uint64_t i = 50; i < 90; i++) {
+		write_secret(store, i, i % 2 ? PAGE_TEXT : PAGE_RANDOM);
+		assert_true(store_stored(store, i, pages, &state) > 0);
+	}
+	assert_int_equal(store_read(store, 50, 40, pages), 40);
+	assert_int_equal(store_write(store, 90, 40, pages), 40);
+	assert_int_equal(store_pread(store, 51 * PAGE_BYTES + 900, 5000, pages), 5000);
+	assert_int_equal(store_pwrite(store, 60 * PAGE_BYTES + 900, 5000, pages), 5000);
+	assert_int_equal(store_check(store, message), 0);
+	for (uint64_t i = 50; i < 130; i += 3)
+		assert_true(store_discard(store, i, 2) >= 0);
+	store_compact(store, UINT64_MAX);
+	assert_int_equal(store_check(store, message), 0);
+	explicit_bzero(pages, sizeof(pages));
+	return NULL;
+}
+
+/* After all of that is discarded the secret is nowhere in the process: not in the region, on desks,
+ * in LZ4's state, on stacks. */
+static void test_secrets_are_nowhere_in_the_process(void **state)
+{
+	const size_t window_bytes = 1 << 20;
+	uint8_t *window = mmap(NULL, window_bytes, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	(void)state;
+	assert_true(window != MAP_FAILED);
+	if (IS_SANITIZED)
+		skip();
+	for (uint32_t chunk = 4096; chunk <= 65536; chunk *= 16) {
+		int fd = open_memory();
+		struct store *store = open_store(fd, NR_PAGES, chunk, 0, 128 * KIB);
+		pthread_t thread;
+
+		use_secrets(store);
+		assert_int_equal(pthread_create(&thread, NULL, use_secrets, store), 0);
+		assert_true(secrets_in_process(window, window_bytes) > 0);
+		pthread_join(thread, NULL);
+		assert_true(store_discard(store, 0, NR_PAGES) > 0);
+		assert_int_equal(secrets_in_process(window, window_bytes), 0);
+		store_destroy(store);
+		close(fd);
+	}
+	munmap(window, window_bytes);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -243,6 +368,7 @@ int main(void)
 		cmocka_unit_test(test_moved_pages_are_gone),
 		cmocka_unit_test(test_refused_pages_are_gone),
 		cmocka_unit_test(test_repeated_words_are_gone),
+		cmocka_unit_test(test_secrets_are_nowhere_in_the_process),
 		cmocka_unit_test(test_orphans_are_gone_after_rebuild),
 	};
 
