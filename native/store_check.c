@@ -10,7 +10,6 @@
 #include <string.h>
 
 #define MESSAGE_BYTES 160
-#define PREFETCH_AHEAD 8
 
 #define FAULT(message, ...) (snprintf(message, MESSAGE_BYTES, __VA_ARGS__), -EUCLEAN)
 
@@ -213,21 +212,25 @@ static bool is_whole(const struct store *store, uint32_t bytes)
 	return arena_words(bytes) > store->region->chunk_words;
 }
 
+static bool is_sound(const struct store *store, uint64_t index, uint64_t word)
+{
+	uint64_t target;
+
+	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
+}
+
 /* Can a slot's word be trusted to say where its block is? Whether the tag is in the chunk table is
  * the slot's to say, too. */
 static bool claims_block(const struct store *store, uint64_t index, uint64_t word)
 {
 	struct chunk *chunk;
-	uint64_t target;
 
-	if (!names_place(store, word))
-		return false;
 	if (store->arena.has_whole) {
 		chunk = &store->region
 				 ->chunks[store_place(store, word) >> store->region->chunk_shift];
 		chunk->state = is_whole(store, slot_length(word)) ? CHUNK_WHOLE : CHUNK_USED;
 	}
-	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
+	return is_sound(store, index, word);
 }
 
 /* Unlock every slot; count how many name each chunk. Returns how many there are. */
@@ -274,21 +277,8 @@ static void forget_gauges(struct counters *sets)
 	}
 }
 
-static bool is_sound(const struct store *store, uint64_t index, uint64_t word)
-{
-	uint64_t target;
-
-	return !store_seal_target(store, index, word, &target) && slot_is_sealed(word, target);
-}
-
-static void prefetch_block(const struct store *store, uint64_t word)
-{
-	if (names_place(store, word))
-		__builtin_prefetch(store->region->arena + store_place(store, word), 1);
-}
-
-/* Sort the claims by chunk, set the gauges. Returns the pages that cannot be read. Blocks are all
- * over memory; most of the time went by waiting for them. */
+/* Sort by chunk what slots claim, set the gauges. Returns the pages that cannot be read, as far as
+ * slots alone can tell. */
 static int64_t collect_claims(struct store *store, struct arena_claim *claims,
 			      struct chunk_claims *chunks)
 {
@@ -297,22 +287,36 @@ static int64_t collect_claims(struct store *store, struct arena_claim *claims,
 
 	forget_gauges(region->header->counters);
 	for_each_touched(store, index) {
-		uint64_t word = atomic_load(&region->slots[index]);
-		struct chunk_claims *chunk =
-			&chunks[store_place(store, word) >> region->chunk_shift];
+		uint64_t word = atomic_load_explicit(&region->slots[index], memory_order_relaxed);
+		struct chunk_claims *chunk;
 
-		if (index % TABLE_SLOTS + PREFETCH_AHEAD < TABLE_SLOTS)
-			prefetch_block(store, atomic_load(&region->slots[index + PREFETCH_AHEAD]));
 		store_count_page(&region->header->counters[0], word, 1);
-		if (claims_block(store, index, word))
-			claims[chunk->first + chunk->nr++] =
-				(struct arena_claim){.place = store_place(store, word),
-						     .bytes = slot_length(word),
-						     .owner = (uint32_t)index};
-		else
+		if (!names_place(store, word)) {
 			damaged += slot_has_block(word) || !is_sound(store, index, word);
+			continue;
+		}
+		chunk = &chunks[store_place(store, word) >> region->chunk_shift];
+		claims[chunk->first + chunk->nr++] =
+			(struct arena_claim){.place = store_place(store, word),
+					     .bytes = slot_length(word),
+					     .owner = (uint32_t)index};
 	}
 	return damaged;
+}
+
+/* Keep the claims that the blocks confirm. Only here are blocks looked at, a chunk at a time: in the
+ * slots' order they are all over memory, and 2 million of them took 0.9 s instead of 0.3 s. */
+static uint32_t drop_unsound(struct store *store, struct arena_claim *claims, uint32_t nr)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < nr; i++) {
+		uint64_t index = claims[i].owner;
+
+		if (claims_block(store, index, atomic_load(&store->region->slots[index])))
+			claims[kept++] = claims[i];
+	}
+	return kept;
 }
 
 static int compare_claims(const void *a, const void *b)
@@ -341,23 +345,29 @@ static uint32_t drop_overlaps(struct arena_claim *claims, uint32_t nr)
 	return kept;
 }
 
-static void rebuild_chunk(struct store *store, uint32_t c, struct arena_claim *claims, uint32_t nr)
+/* Returns how many claims the blocks do not confirm. */
+static uint32_t rebuild_chunk(struct store *store, uint32_t c, struct arena_claim *claims,
+			      uint32_t nr)
 {
 	struct chunk *chunk = &store->region->chunks[c];
+	uint32_t nr_sound;
 
-	if (!nr) {
-		chunk->state = CHUNK_HOLE;
-		return;
-	}
 	qsort(claims, nr, sizeof(*claims), compare_claims);
-	nr = drop_overlaps(claims, nr);
+	nr_sound = drop_unsound(store, claims, nr);
+	if (!nr_sound) {
+		chunk->state = CHUNK_HOLE;
+		return nr;
+	}
+	nr -= nr_sound;
+	nr_sound = drop_overlaps(claims, nr_sound);
 	if (is_whole(store, claims->bytes)) {
 		chunk->state = CHUNK_WHOLE;
 		store->arena.nr_chunks++;
 		store->arena.nr_whole++;
 	} else {
-		arena_rebuild_chunk(&store->arena, c, claims, nr);
+		arena_rebuild_chunk(&store->arena, c, claims, nr_sound);
 	}
+	return nr;
 }
 
 /* With region->keeping. */
@@ -374,7 +384,7 @@ static int64_t rebuild(struct store *store, struct chunk_claims *chunks)
 	arena_init(&store->arena, store->region);
 	damaged = collect_claims(store, claims, chunks);
 	for (uint32_t c = 0; c < nr_chunks; c++)
-		rebuild_chunk(store, c, claims + chunks[c].first, chunks[c].nr);
+		damaged += rebuild_chunk(store, c, claims + chunks[c].first, chunks[c].nr);
 	region_reset_chunks(store->region, nr_chunks);
 	free(claims);
 	return damaged;
