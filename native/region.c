@@ -84,7 +84,7 @@ static bool wants_return(const struct region *region)
 
 static bool keeper_has_work(const struct region *region)
 {
-	return (wants_refill(region) && !region->refill_error) ||
+	return (wants_refill(region) && !region->refill_error) || region->fresh ||
 	       (wants_return(region) && !region->held);
 }
 
@@ -116,18 +116,18 @@ static uint32_t next_run(const uint32_t *batch, uint32_t from, uint32_t nr)
 	return to;
 }
 
-static int populate(struct region *region, uint64_t offset, uint64_t bytes)
+int region_populate(struct region *region, uint64_t offset, uint64_t bytes)
 {
-	char *at = (char *)region->arena + offset;
+	char *at = (char *)region->header + offset;
 
-	while (fallocate(region->fd, 0, (off_t)(region->geometry.arena_off + offset), (off_t)bytes))
+	while (fallocate(region->fd, 0, (off_t)offset, (off_t)bytes))
 		if (errno != EINTR)
 			return -errno;
 	if (madvise(at, bytes, MADV_POPULATE_WRITE) == 0)
 		return 0;
-	/* Before Linux 5.14. The chunk is zero and nobody else's. */
+	/* Before Linux 5.14. Adding nothing changes nothing, whoever writes there meanwhile. */
 	for (uint64_t i = 0; i < bytes; i += PAGE_BYTES)
-		((volatile char *)at)[i] = 0;
+		atomic_fetch_add((_Atomic char *)(at + i), 0);
 	return 0;
 }
 
@@ -184,8 +184,10 @@ static void refill(struct region *region)
 	while (done < nr && !error) {
 		uint32_t to = next_run(batch, done, nr);
 
-		error = populate(region, (uint64_t)batch[done] * region->chunk_bytes,
-				 (uint64_t)(to - done) * region->chunk_bytes);
+		error = region_populate(region,
+					region->geometry.arena_off +
+						(uint64_t)batch[done] * region->chunk_bytes,
+					(uint64_t)(to - done) * region->chunk_bytes);
 		if (!error)
 			done = to;
 	}
@@ -254,6 +256,8 @@ static void *keeper_main(void *arg)
 			return_surplus(region);
 		if (wants_refill(region))
 			fill_reserve(region);
+		if (region->fresh)
+			region_populate_tables(region);
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_unlock(&region->keeping);
 		pthread_mutex_lock(&region->lock);
@@ -293,6 +297,7 @@ void region_destroy(struct region *region)
 	pthread_cond_destroy(&region->work);
 	pthread_mutex_destroy(&region->lock);
 	pthread_mutex_destroy(&region->keeping);
+	free(region->ahead);
 	free(region);
 }
 

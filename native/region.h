@@ -39,6 +39,7 @@
 
 #define REGION_NR_COUNTERS 16
 #define CHUNK_NONE UINT32_MAX
+#define REGION_NR_FRESH 4
 
 /* One set for each thread inside the store, so that no two write to one cache line. */
 struct counters {
@@ -115,6 +116,11 @@ struct region {
 	uint32_t spare;	   /* of these, the last ones only for compaction */
 	int refill_error;  /* of the last try to populate, 0 when it went well */
 	uint32_t held;	   /* while compaction runs: READY chunks above the reserve that may stay */
+	uint64_t fresh;	   /* page of the slot table touched last for the first time, plus 1 */
+	uint64_t fresh_before[REGION_NR_FRESH]; /* the keeper's: those that it saw before */
+	uint32_t nr_fresh;
+	uint64_t *ahead;	 /* the keeper's: a bit for each such page that it populated */
+	_Atomic bool words_used; /* a word was put into the word table */
 	bool stop;
 	pthread_t keeper;
 };
@@ -222,6 +228,24 @@ static inline uint32_t region_nr_touched(const struct region *region)
 /** region_usage - what the OS says: resident bytes of arena, tables and reserve. */
 void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint64_t *reserve);
 
+/**
+ * region_populate - get memory for a part of the region, and map it
+ * @offset: bytes from the region's start
+ *
+ * Return: 0, -errno (the OS has none).
+ */
+int region_populate(struct region *region, uint64_t offset, uint64_t bytes);
+
+/**
+ * region_note_fresh - have table pages populated that are likely to be touched after @page
+ *
+ * Context: any thread; takes region->lock, does not wait.
+ */
+void region_note_fresh(struct region *region, uint64_t page);
+
+/** region_populate_tables - do so. Context: the keeper, both locks; drops region->lock meanwhile. */
+void region_populate_tables(struct region *region);
+
 /* Pages of the tables hold 512 entries each; an untouched one must not even be read, because
  * reading a hole through a mapping allocates it. */
 #define TABLE_SLOTS (PAGE_BYTES / sizeof(slot_t))
@@ -244,6 +268,7 @@ static inline void region_touch(struct region *region, uint64_t index)
 	atomic_fetch_or_explicit(&region->map[page / 64], 1ULL << page % 64, memory_order_acq_rel);
 	atomic_fetch_or_explicit(&region->map_copy[page / 64], 1ULL << page % 64,
 				 memory_order_acq_rel);
+	region_note_fresh(region, page);
 }
 
 #endif

@@ -187,8 +187,11 @@ int region_map(struct region **out, int fd)
 	region = calloc(1, sizeof(*region));
 	if (!region)
 		return -ENOMEM;
-	base = mmap(NULL, h.total_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	region->ahead = calloc(map_words(h.nr_pages), sizeof(*region->ahead));
+	base = region->ahead ? mmap(NULL, h.total_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+			     : MAP_FAILED;
 	if (base == MAP_FAILED) {
+		free(region->ahead);
 		free(region);
 		return -ENOMEM;
 	}

@@ -314,6 +314,7 @@ static void fill_block(struct store *store, struct staged *staged, uint64_t inde
 			staged->state = SLOT_STATE_WORD1;
 		atomic_store_explicit(&store->region->words[slot_word_at(index, staged->state)],
 				      staged->value, memory_order_relaxed);
+		atomic_store_explicit(&store->region->words_used, true, memory_order_relaxed);
 		staged->word = slot_seal(staged->state, staged->value);
 		return;
 	}
