@@ -1,7 +1,12 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the generated binding includes before the declarations of zswapfs.h.
+ * zswapfs.h for C, which it cannot guard itself: for the core and for the generated binding.
  */
+#ifndef PRELUDE_H
+#define PRELUDE_H
+
 #include <stdint.h>
 
 #include "zswapfs.h"
+
+#endif

@@ -34,7 +34,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "zswapfs.h"
+#include "prelude.h"
 #include "slot.h"
 
 #define REGION_NR_COUNTERS 16

@@ -5,7 +5,7 @@
  * Memory, one mapping, touched ahead, not in core dumps, not copied to children (a child's copy
  * would make the next touch of a lane a fault that needs memory):
  *
- *   | ring | reply | lane 0: 4016 free, headers (80) | payload | lane 1: ... |
+ *   | ring | reply | buffer 0: 4016 free, headers (80) | payload | buffer 1: ... |
  */
 #define _GNU_SOURCE
 #include "switch.h"
@@ -25,6 +25,17 @@
 #define TOUCHED_STACK_BYTES (64U << 10) /* the store's deepest call takes less than 4 KiB */
 #define MIN_RING_BYTES (1U << 20)
 #define SPIN_PAUSES 16 /* some 0.4 us between reads that find nothing in 0.2 us */
+
+/*
+ * From how many requests in close succession on CPUs shall not sleep. Beside the 36 us that waking
+ * a halted CPU costs, writing to /dev/cpu_dma_latency is cheap, but not for one page.
+ */
+#define AWAKE_AFTER 8
+#define AWAKE_MS 1 /* without a request, until they may sleep again */
+#define ANY_LATENCY_US 2000000000
+
+/* Quiet after which no page shall stay in the buffers. */
+#define WIPE_AFTER_MS 10
 
 static uint64_t now_us(void)
 {
@@ -46,31 +57,56 @@ static void cpu_relax(void)
 #endif
 }
 
+/* Ask the kernel's PM QoS to keep CPUs from sleep states, or no longer. A request fails only where
+ * the descriptor is of something else. */
+static void keep_awake(struct fuse_switch *sw, bool awake)
+{
+	int32_t latency_us = awake ? 0 : ANY_LATENCY_US;
+	ssize_t rv;
+
+	if (sw->options.latency_fd < 0 || sw->awake == awake)
+		return;
+	rv = write(sw->options.latency_fd, &latency_us, sizeof(latency_us));
+	(void)rv;
+	sw->awake = awake;
+}
+
 /*
- * Nothing to read: look again soon, or sleep. The clock starts at the first miss after a request,
- * so that requests that follow each other closely do not ask for the time at all.
+ * Nothing to read: look again soon, or sleep. Only after a read it pays to look: its task may fault
+ * again at once; after a write the CPU is better left to whoever reclaims. The clock starts at the
+ * first miss after a request, so that requests that follow each other closely do not ask for the
+ * time at all.
  */
-static void wait_for_request(const struct fuse_switch *sw, uint64_t *sleep_at)
+static void wait_for_request(struct fuse_switch *sw, struct buffer *own, uint64_t *sleep_at)
 {
 	struct pollfd fd = {.fd = sw->options.fuse_fd, .events = POLLIN};
 	uint64_t now = now_us();
 
 	if (!*sleep_at)
-		*sleep_at = now + sw->options.spin_us;
-	if (now < *sleep_at)
+		*sleep_at = now + (sw->spins ? sw->options.spin_us : 0);
+	if (sw->nr_close >= AWAKE_AFTER)
+		keep_awake(sw, true);
+	if (now < *sleep_at) {
 		cpu_relax();
-	else
+		return;
+	}
+	if (sw->awake && poll(&fd, 1, AWAKE_MS) > 0)
+		return;
+	keep_awake(sw, false);
+	if (!sw->nr_close) {
 		poll(&fd, 1, -1);
+	} else if (poll(&fd, 1, WIPE_AFTER_MS) > 0 || buffers_wipe(sw, own)) {
+		sw->nr_close = 0;
+	}
 }
 
 /* Context: holds the token. Return: length of the message, -errno of the end. */
-static ssize_t lane_read(struct lane *lane)
+static ssize_t next_message(struct fuse_switch *sw, struct buffer *buffer)
 {
-	const struct fuse_switch *sw = lane->sw;
 	uint64_t sleep_at = 0;
 
 	for (;;) {
-		ssize_t n = read(sw->options.fuse_fd, lane->message, sw->message_bytes);
+		ssize_t n = read(sw->options.fuse_fd, buffer->message, sw->message_bytes);
 
 		if (n > 0)
 			return n;
@@ -78,7 +114,7 @@ static ssize_t lane_read(struct lane *lane)
 		if (n == 0)
 			return -ENODEV;
 		if (errno == EAGAIN)
-			wait_for_request(sw, &sleep_at);
+			wait_for_request(sw, buffer, &sleep_at);
 		else if (errno != EINTR && errno != ENOENT) /* ENOENT: given up while read */
 			return -errno;
 	}
@@ -92,32 +128,56 @@ static void __attribute__((noinline)) touch_stack(void)
 		stack[i] = 0;
 }
 
+/* Serve what is in a buffer without the token, so that another lane reads meanwhile. */
+static void serve_long(struct fuse_switch *sw, struct buffer *buffer)
+{
+	pthread_mutex_unlock(&sw->token);
+	if (buffer->request.kind == REQUEST_WRITE) {
+		backlog_serve(sw, buffer);
+	} else {
+		request_serve(sw, buffer);
+		buffer_give(sw, buffer);
+	}
+	pthread_mutex_lock(&sw->token);
+}
+
+/* Context: holds the token. Return: false at the end. */
+static bool lane_step(struct fuse_switch *sw)
+{
+	struct buffer *buffer = buffer_take(sw);
+	struct request *request = &buffer->request;
+	ssize_t n = next_message(sw, buffer);
+
+	if (n < 0) {
+		buffer_give(sw, buffer);
+		sw->ended = true;
+		sw->error = n == -ENODEV ? 0 : (int)n;
+		keep_awake(sw, false);
+		eventfd_write(sw->options.end_fd, 1);
+		return false;
+	}
+	sw->nr_close++;
+	if (buffer->used < (size_t)n)
+		buffer->used = (size_t)n;
+	request_parse(sw, buffer->message, (size_t)n, request);
+	sw->spins = request->kind == REQUEST_READ;
+	if (!request_is_long(request)) {
+		request_serve(sw, buffer);
+		buffer_give(sw, buffer);
+	} else if (request->kind != REQUEST_WRITE || !backlog_put(sw, buffer)) {
+		serve_long(sw, buffer);
+	}
+	return !sw->ended;
+}
+
 static void *lane_run(void *arg)
 {
-	struct lane *lane = arg;
-	struct fuse_switch *sw = lane->sw;
+	struct fuse_switch *sw = ((struct lane *)arg)->sw;
 
 	touch_stack();
 	pthread_mutex_lock(&sw->token);
-	while (!sw->ended) {
-		ssize_t n = lane_read(lane);
-		struct request request;
-
-		if (n < 0) {
-			sw->ended = true;
-			sw->error = n == -ENODEV ? 0 : (int)n;
-			eventfd_write(sw->options.end_fd, 1);
-			break;
-		}
-		request_parse(sw, lane->message, (size_t)n, &request);
-		if (request_is_long(&request)) {
-			pthread_mutex_unlock(&sw->token);
-			request_serve(lane, &request);
-			pthread_mutex_lock(&sw->token);
-		} else {
-			request_serve(lane, &request);
-		}
-	}
+	while (!sw->ended && lane_step(sw))
+		;
 	pthread_mutex_unlock(&sw->token);
 	return NULL;
 }
@@ -142,16 +202,19 @@ static uint64_t ring_bytes(uint64_t message_bytes)
 
 static int map_memory(struct fuse_switch *sw)
 {
-	uint32_t nr_lanes = sw->options.nr_lanes;
+	uint32_t nr_buffers = sw->options.nr_lanes + BACKLOG_LENGTH;
 	uint64_t payload_bytes = sw->options.max_request_bytes;
-	uint64_t lane_bytes;
+	uint64_t buffer_bytes;
 
 	if (payload_bytes < FUSE_MIN_READ_BUFFER)
 		payload_bytes = FUSE_MIN_READ_BUFFER;
-	lane_bytes = PAGE_BYTES + payload_bytes;
+	buffer_bytes = PAGE_BYTES + payload_bytes;
 	sw->message_bytes = PAYLOAD_AT + payload_bytes;
 	sw->ring.size = ring_bytes(sw->message_bytes);
-	sw->memory_bytes = sw->ring.size + lane_bytes * (nr_lanes + 1);
+	sw->memory_bytes = sw->ring.size + buffer_bytes * (nr_buffers + 1);
+	sw->buffers = calloc(nr_buffers, sizeof(*sw->buffers));
+	if (!sw->buffers)
+		return -ENOMEM;
 	sw->memory = mmap(NULL, sw->memory_bytes, PROT_READ | PROT_WRITE,
 			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (sw->memory == MAP_FAILED) {
@@ -162,11 +225,22 @@ static int map_memory(struct fuse_switch *sw)
 	madvise(sw->memory, sw->memory_bytes, MADV_DONTFORK);
 	sw->ring.bytes = sw->memory;
 	sw->reply = sw->memory + sw->ring.size;
-	for (uint32_t i = 0; i < nr_lanes; i++) {
-		sw->lanes[i].sw = sw;
-		sw->lanes[i].message = sw->reply + (i + 1) * lane_bytes + PAGE_BYTES - PAYLOAD_AT;
+	for (uint32_t i = 0; i < nr_buffers; i++) {
+		uint8_t *end = sw->reply + (i + 2) * buffer_bytes;
+
+		sw->buffers[i].message = end - payload_bytes - PAYLOAD_AT;
+		buffer_give(sw, &sw->buffers[i]);
 	}
 	return 0;
+}
+
+/* How many lanes may write before further writes wait: one CPU is left to those who read. */
+static uint32_t max_writing(uint32_t nr_lanes)
+{
+	long nr_cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	uint32_t nr = nr_cpus < (long)nr_lanes ? (uint32_t)nr_cpus : nr_lanes;
+
+	return nr > 1 ? nr - 1 : 1;
 }
 
 int switch_create(struct fuse_switch **out, struct store *store,
@@ -188,6 +262,10 @@ int switch_create(struct fuse_switch **out, struct store *store,
 	store_get_stats(store, &stats);
 	sw->file_bytes = stats.nr_pages * PAGE_BYTES;
 	pthread_mutex_init(&sw->token, NULL);
+	pthread_mutex_init(&sw->backlog.lock, NULL);
+	sw->backlog.max_writing = max_writing(options->nr_lanes);
+	for (uint32_t i = 0; i < options->nr_lanes; i++)
+		sw->lanes[i].sw = sw;
 	sw->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	rv = sw->wake_fd < 0 ? -errno : map_memory(sw);
 	if (rv)
@@ -201,8 +279,10 @@ void switch_destroy(struct fuse_switch *sw)
 {
 	if (sw->memory)
 		munmap(sw->memory, sw->memory_bytes);
+	free(sw->buffers);
 	if (sw->wake_fd >= 0)
 		close(sw->wake_fd);
+	pthread_mutex_destroy(&sw->backlog.lock);
 	pthread_mutex_destroy(&sw->token);
 	free(sw);
 }

@@ -19,6 +19,10 @@
  * one it gives the token away, which wakes one parked lane. Parked lanes sleep on the token and
  * never in poll(), so an arriving request wakes one thread at the most.
  *
+ * The backlog: reads overtake writes. A task waits for a read; for a write, seldom. While as many
+ * lanes write as there are CPUs, less one, the token's holder puts further long writes there and
+ * goes on reading. Those that write empty it. The holder joins them when it is full.
+ *
  * What always holds:
  * - A page request waits for the store and for nothing else: not for Python, not for the relay.
  * - The lanes ask the OS for no memory. Even the kernel memory of a message in the socket is asked
@@ -26,8 +30,10 @@
  * - A request that is not page I/O reaches pyfuse3 whole, once, in the kernel's order, or is
  *   answered here; every request that wants an answer gets one.
  * - Replies go through the relay in pyfuse3's order; only INIT's is changed.
+ * - While there is a backlog, a lane is writing.
  *
- * Locks: the token is the only one. The store's locks nest inside it (short requests).
+ * Locks: the token, then the backlog's (a few instructions). The store's nest inside the token
+ * (short requests).
  */
 #ifndef SWITCH_H
 #define SWITCH_H
@@ -39,7 +45,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "zswapfs.h"
+#include "prelude.h"
 
 #define SWITCH_MAX_LANES 64
 #define SWITCH_MAX_REQUEST_BYTES (1U << 20)
@@ -62,11 +68,21 @@ struct ring {
 /* A cache line of its own, so that counters can join it (heartbeats). */
 struct lane {
 	struct fuse_switch *sw;
-	/* The request. message + PAYLOAD_AT is at an OS page's start, so that the kernel copies
-	 * page to page. */
-	uint8_t *message;
 	pthread_t thread;
 } __attribute__((aligned(64)));
+
+/* Long writes that wait while the lanes read on. */
+#define BACKLOG_LENGTH 8
+
+struct backlog {
+	pthread_mutex_t lock;
+	struct buffer *free; /* a stack: the last one used is in the caches */
+	uint32_t nr_free;
+	struct buffer *first, *last;
+	uint32_t length;
+	uint32_t nr_writing;  /* lanes that serve long writes */
+	uint32_t max_writing; /* from there on writes wait, as long as there is room */
+};
 
 struct fuse_switch {
 	struct store *store;
@@ -78,7 +94,10 @@ struct fuse_switch {
 	pthread_mutex_t token;
 	/* Under the token. */
 	bool ended;
-	int error; /* what ended it: 0 (unmounted) or -errno */
+	uint32_t nr_close; /* requests since the last sleep, or still in buffers */
+	bool spins;	   /* was the last request a read? */
+	bool awake;	   /* are the CPUs kept from sleeping? */
+	int error;	   /* what ended it: 0 (unmounted) or -errno */
 
 	/* Written once, under the token, before init_unique is. */
 	uint32_t init_offered; /* fuse_init_in.flags */
@@ -93,7 +112,10 @@ struct fuse_switch {
 	_Atomic bool relay_stop;
 	_Atomic bool python_gone;
 
-	uint8_t *memory; /* reply, ring and the lanes' messages */
+	struct backlog backlog;
+	struct buffer *buffers; /* nr_lanes + BACKLOG_LENGTH */
+
+	uint8_t *memory; /* reply, ring and the buffers' messages */
 	size_t memory_bytes;
 	struct lane lanes[];
 };
@@ -116,6 +138,15 @@ struct request {
 	uint64_t unique; /* 0: nobody to answer */
 	uint64_t offset;
 	uint64_t length;
+};
+
+/* Where one message is from its reading to its answer. */
+struct buffer {
+	/* message + PAYLOAD_AT is at an OS page's start, so that the kernel copies page to page. */
+	uint8_t *message;
+	size_t used; /* bytes that may hold content; wiped when a lane goes to sleep */
+	struct request request;
+	struct buffer *next;
 };
 
 /**
@@ -154,11 +185,39 @@ void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t 
 bool request_is_long(const struct request *request);
 
 /**
- * request_serve - answer or forward the request in the lane's message
+ * request_serve - answer or forward the request in a buffer
  *
- * Context: the lane; holds the token unless request_is_long().
+ * Context: a lane; holds the token unless request_is_long().
  */
-void request_serve(struct lane *lane, const struct request *request);
+void request_serve(struct fuse_switch *sw, struct buffer *buffer);
+
+/** buffer_take - Return: a buffer; there is always one for a lane that holds none. */
+struct buffer *buffer_take(struct fuse_switch *sw);
+
+/** buffer_give - the opposite */
+void buffer_give(struct fuse_switch *sw, struct buffer *buffer);
+
+/**
+ * buffers_wipe - leave nothing of a page in the free buffers and in @own
+ *
+ * Return: were those all?
+ */
+bool buffers_wipe(struct fuse_switch *sw, struct buffer *own);
+
+/**
+ * backlog_put - let a long write wait for a lane that is writing already
+ *
+ * Return: true; false when the caller shall give the token away and call backlog_serve().
+ */
+bool backlog_put(struct fuse_switch *sw, struct buffer *buffer);
+
+/**
+ * backlog_serve - serve a long write, and then those that wait
+ * @buffer: taken over
+ *
+ * Returns when none waits, or after one where enough other lanes are writing.
+ */
+void backlog_serve(struct fuse_switch *sw, struct buffer *buffer);
 
 /** request_wants_answer - does a task wait for it? */
 bool request_wants_answer(uint32_t opcode);

@@ -187,20 +187,23 @@ bool request_is_long(const struct request *r)
 	       (r->kind == REQUEST_PUNCH && r->length > SHORT_PUNCH_BYTES);
 }
 
-static void serve_read(struct lane *lane, const struct request *r)
+static void serve_read(struct fuse_switch *sw, struct buffer *buffer)
 {
-	uint8_t *payload = lane->message + PAYLOAD_AT;
+	const struct request *r = &buffer->request;
+	uint8_t *payload = buffer->message + PAYLOAD_AT;
 	struct fuse_out_header *out = (struct fuse_out_header *)payload - 1;
-	int64_t rv = store_pread(lane->sw->store, r->offset, r->length, payload);
+	int64_t rv = store_pread(sw->store, r->offset, r->length, payload);
 
+	if (buffer->used < PAYLOAD_AT + r->length)
+		buffer->used = PAYLOAD_AT + r->length;
 	if (rv < 0) {
-		switch_answer(lane->sw, r->unique, (int)rv);
+		switch_answer(sw, r->unique, (int)rv);
 		return;
 	}
 	*out = (struct fuse_out_header){.len = (uint32_t)(sizeof(*out) + (size_t)rv),
 					.unique = r->unique};
 	if (r->unique)
-		switch_reply(lane->sw, out);
+		switch_reply(sw, out);
 }
 
 /*
@@ -209,41 +212,41 @@ static void serve_read(struct lane *lane, const struct request *r)
  * length), and the rest is lost. Seen on Linux 6.18 without direct I/O, and with it where
  * FUSE_ASYNC_DIO is off.
  */
-static void serve_write(struct lane *lane, const struct request *r)
+static void serve_write(struct fuse_switch *sw, const struct buffer *buffer)
 {
+	const struct request *r = &buffer->request;
 	struct {
 		struct fuse_out_header header;
 		struct fuse_write_out write;
 	} out = {.header = {.len = sizeof(out), .unique = r->unique}};
-	int64_t rv =
-		store_pwrite(lane->sw->store, r->offset, r->length, lane->message + PAYLOAD_AT);
+	int64_t rv = store_pwrite(sw->store, r->offset, r->length, buffer->message + PAYLOAD_AT);
 
 	if (rv >= 0 && (uint64_t)rv < r->length)
 		rv = -ENOSPC;
 	if (rv < 0) {
-		switch_answer(lane->sw, r->unique, (int)rv);
+		switch_answer(sw, r->unique, (int)rv);
 		return;
 	}
 	out.write.size = (uint32_t)rv;
 	if (r->unique)
-		switch_reply(lane->sw, &out.header);
+		switch_reply(sw, &out.header);
 }
 
-static void serve_forward(struct lane *lane, const struct request *r)
+static void serve_forward(struct fuse_switch *sw, const struct buffer *buffer)
 {
-	const struct fuse_in_header *in = (const struct fuse_in_header *)lane->message;
+	const struct fuse_in_header *in = (const struct fuse_in_header *)buffer->message;
 	int rv;
 
-	if (r->opcode == FUSE_INIT)
-		init_remember(lane->sw, lane->message, in->len);
-	rv = relay_forward(lane->sw, lane->message, in->len);
+	if (buffer->request.opcode == FUSE_INIT)
+		init_remember(sw, buffer->message, in->len);
+	rv = relay_forward(sw, buffer->message, in->len);
 	if (rv)
-		switch_answer(lane->sw, r->unique, rv);
+		switch_answer(sw, buffer->request.unique, rv);
 }
 
-void request_serve(struct lane *lane, const struct request *r)
+void request_serve(struct fuse_switch *sw, struct buffer *buffer)
 {
-	struct fuse_switch *sw = lane->sw;
+	const struct request *r = &buffer->request;
 
 	switch (r->kind) {
 	case REQUEST_DROP:
@@ -256,13 +259,13 @@ void request_serve(struct lane *lane, const struct request *r)
 		switch_answer(sw, r->unique, -EINVAL);
 		return;
 	case REQUEST_FORWARD:
-		serve_forward(lane, r);
+		serve_forward(sw, buffer);
 		return;
 	case REQUEST_READ:
-		serve_read(lane, r);
+		serve_read(sw, buffer);
 		return;
 	case REQUEST_WRITE:
-		serve_write(lane, r);
+		serve_write(sw, buffer);
 		return;
 	case REQUEST_PUNCH:
 		switch_answer(sw, r->unique, store_punch(sw->store, r->offset, r->length));

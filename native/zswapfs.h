@@ -2,7 +2,7 @@
  *
  * What Python sees of the native core, and the source of the cffi declarations: plain C
  * declarations and integer #defines only, no conditionals and no includes. C files get it
- * through store.h and switch.h.
+ * through prelude.h.
  *
  * Functions return >= 0 on success and -errno on failure. Unless it says otherwise, a function
  * may be called from several threads at once.
@@ -195,8 +195,9 @@ struct switch_options {
 	int fuse_fd;	   /* /dev/fuse, mounted, O_NONBLOCK */
 	int socket_fd;	   /* our end of pyfuse3's SOCK_SEQPACKET pair */
 	int end_fd;	   /* eventfd: 1 is added when the kernel has unmounted */
+	int latency_fd;	   /* /dev/cpu_dma_latency, open for writing; -1: let CPUs sleep */
 	uint32_t nr_lanes; /* 1 to 64 */
-	uint32_t spin_us;  /* how long a lane polls after its last request before it sleeps */
+	uint32_t spin_us;  /* how long a lane looks for a request after a read before it sleeps */
 	uint32_t max_request_bytes; /* max_write and max_read; multiple of PAGE_BYTES, <= 1 MiB */
 	uint64_t swap_inode;	    /* node id of the swap file */
 };

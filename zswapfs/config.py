@@ -83,8 +83,10 @@ class Options:
     """Bytes of chunks that are kept populated ahead of need."""
     lanes: int = 2
     """Threads that serve page requests, 1 to 64."""
-    spin_us: int = 100
-    """Microseconds that a lane goes on looking for requests after the last one, 0 to 1000."""
+    spin_us: int = 30
+    """Microseconds that a lane goes on looking for requests after a read, 0 to 1000."""
+    awake: int = 1
+    """1: while requests follow each other closely, CPUs are kept from sleep states."""
     compact_at: float = 0.5
     """Percent of the arena's memory that must be free inside chunks for compaction to begin."""
     compact_fast: float = 5.0
@@ -128,6 +130,7 @@ _PARSERS: dict[str, Callable[[str], int | float]] = {
     "reserve": lambda text: parse_size(text, "reserve"),
     "lanes": lambda text: parse_count(text, "lanes", 1, 64),
     "spin_us": lambda text: parse_count(text, "spin_us", 0, 1000),
+    "awake": lambda text: parse_count(text, "awake", 0, 1),
     "compact_at": lambda text: parse_percent(text, "compact_at"),
     "compact_fast": lambda text: parse_percent(text, "compact_fast"),
 }

@@ -225,6 +225,8 @@ class SwitchOptions:
     """Our end of pyfuse3's pair."""
     end_fd: int
     """An eventfd: 1 is added when the kernel has unmounted."""
+    latency_fd: int
+    """/dev/cpu_dma_latency, open for writing, or -1: CPUs sleep as they like."""
     nr_lanes: int
     spin_us: int
     max_request_bytes: int

@@ -84,6 +84,17 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
+def _latency_fd() -> int:
+    """Return /dev/cpu_dma_latency, open for writing, or -1: not every kernel has PM QoS.
+
+    Whatever is asked for through it ends with this process.
+    """
+    try:
+        return os.open("/dev/cpu_dma_latency", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
 def _control_plane(
     store: Store, options: Options, switch: FuseSwitch, fds: tuple[int, int], ready: FileIO
 ) -> None:
@@ -155,6 +166,7 @@ def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
             fuse_fd=fuse_fd,
             socket_fd=ours.fileno(),
             end_fd=end_fd,
+            latency_fd=_latency_fd() if options.awake else -1,
             nr_lanes=options.lanes,
             spin_us=options.spin_us,
             max_request_bytes=MAX_REQUEST_BYTES,

@@ -60,6 +60,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	(void)argv;
 	check(!store_create(&store, region_memory(&flags), &store_options));
 	options = (struct switch_options){.nr_lanes = 1,
+					  .latency_fd = -1,
 					  .max_request_bytes = REQUEST_BYTES,
 					  .swap_inode = SWAP,
 					  .end_fd = eventfd(0, EFD_NONBLOCK)};
@@ -116,23 +117,23 @@ static void follow(const struct request *r, const uint8_t *payload, const uint8_
 static void serve(struct fuse_switch *sw, size_t nr)
 {
 	static uint8_t answer[PAGE_BYTES + REQUEST_BYTES], payload[REQUEST_BYTES];
-	struct lane *lane = &sw->lanes[0];
-	struct request r;
+	struct buffer *buffer = &sw->buffers[0];
+	struct request *r = &buffer->request;
 	bool got;
 
-	request_parse(sw, lane->message, nr, &r);
-	if (r.kind == REQUEST_WRITE)
-		memcpy(payload, lane->message + PAYLOAD_AT, r.length);
-	request_is_long(&r);
-	request_serve(lane, &r);
-	got = answered(r.unique, answer, sizeof(answer));
+	request_parse(sw, buffer->message, nr, r);
+	if (r->kind == REQUEST_WRITE)
+		memcpy(payload, buffer->message + PAYLOAD_AT, r->length);
+	request_is_long(r);
+	request_serve(sw, buffer);
+	got = answered(r->unique, answer, sizeof(answer));
 	/* Who waits gets one answer, here or by pyfuse3. */
-	if (r.kind == REQUEST_FORWARD || r.kind == REQUEST_DROP)
-		check(!got || r.unique);
+	if (r->kind == REQUEST_FORWARD || r->kind == REQUEST_DROP)
+		check(!got || r->unique);
 	else
-		check(got == (r.unique != 0));
+		check(got == (r->unique != 0));
 	if (got)
-		follow(&r, payload, answer);
+		follow(r, payload, answer);
 }
 
 /* Bits of @how choose what is set right. Return: the message's length. */
@@ -170,7 +171,7 @@ static size_t make_plausible(uint8_t *message, size_t nr, uint8_t how)
 
 static void request(struct fuse_switch *sw, const uint8_t *bytes, size_t nr, uint8_t kind)
 {
-	uint8_t *message = sw->lanes[0].message;
+	uint8_t *message = sw->buffers[0].message;
 	struct fuse_in_header *in = (struct fuse_in_header *)message;
 
 	memset(message, 0, sw->message_bytes);

@@ -27,6 +27,14 @@
 
 #include "switch.h"
 
+#if defined(__SANITIZE_THREAD__)
+#define HAS_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define HAS_TSAN 1
+#endif
+#endif
+
 #define NR_PAGES 1024ULL
 #define FILE_BYTES (NR_PAGES * PAGE_BYTES)
 #define REQUEST_BYTES (128U << 10)
@@ -80,6 +88,7 @@ static inline void open_world(struct world *w, uint32_t nr_lanes, uint64_t mem_l
 	assert_true(w->region_fd >= 0);
 	assert_int_equal(store_create(&w->store, w->region_fd, &options), 0);
 	w->options = (struct switch_options){.nr_lanes = nr_lanes,
+					     .latency_fd = -1,
 					     .spin_us = 50,
 					     .max_request_bytes = REQUEST_BYTES,
 					     .swap_inode = SWAP};

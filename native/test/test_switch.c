@@ -9,14 +9,6 @@
 #include <sys/resource.h>
 #include <sys/syscall.h>
 
-#if defined(__SANITIZE_THREAD__)
-#define HAS_TSAN 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define HAS_TSAN 1
-#endif
-#endif
-
 /* Calls that a test can have fail: the first *_pass go to the real ones, the next ends with EIO
  * or EAGAIN. -1: none fails. */
 static _Atomic int write_pass = -1;
