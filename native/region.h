@@ -2,7 +2,7 @@
  *
  * region - the shared memory that outlives a worker
  *
- *   0          header: geometry, twice, and counters
+ *   0          header: geometry, twice, counters, and the switch's journal
  *   map_off    one bit for each page of the slot table that was ever touched; twice, because a
  *              bit that is lost would lose 512 pages without a word
  *   slot_off   slot table: a 64-bit slot for each page of the file
@@ -34,6 +34,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "journal.h"
 #include "prelude.h"
 #include "slot.h"
 
@@ -64,6 +65,7 @@ struct region_header {
 	struct region_geometry geometry, geometry_copy;
 	_Atomic uint64_t invalid_io, pages_compacted, pages_returned, max_used_bytes;
 	struct counters counters[REGION_NR_COUNTERS];
+	struct journal journal;
 };
 
 enum chunk_state {
@@ -124,13 +126,6 @@ struct region {
 	bool stop;
 	pthread_t keeper;
 };
-
-/**
- * region_format - lay out an empty region in @fd
- *
- * Return: 0, -EINVAL (options), -errno of ftruncate.
- */
-int region_format(int fd, const struct store_options *options);
 
 /**
  * region_map - map the region in @fd; the keeper is not yet started, no chunk is READY

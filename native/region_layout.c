@@ -156,6 +156,13 @@ static int geometry_read(int fd, struct region_geometry *g)
 	return geometry_refused(g);
 }
 
+int region_probe(int fd)
+{
+	struct region_geometry g;
+
+	return geometry_read(fd, &g);
+}
+
 /* The reserve's size in chunks and the caps that follow from the memory limit. */
 static void set_limits(struct region *region, const struct region_geometry *h)
 {

@@ -77,6 +77,12 @@ static inline uint64_t store_tie(const struct store *store, uint32_t checksum)
 	return (uint64_t)checksum << store->region->place_bits & ((1ULL << SLOT_PLACE_BITS) - 1);
 }
 
+/** store_journal - Return: the switch's part of the region. */
+static inline struct journal *store_journal(struct store *store)
+{
+	return &store->region->header->journal;
+}
+
 /** store_enter - get a desk; waits when all are taken. */
 struct scratch *store_enter(struct store *store);
 void store_leave(struct scratch *scratch);

@@ -34,6 +34,9 @@
 #define AWAKE_MS 1 /* without a request, until they may sleep again */
 #define ANY_LATENCY_US 2000000000
 
+/* linux/fuse.h has it from Linux 6.9 on. */
+#define NOTIFY_RESEND 7
+
 /* Quiet after which no page shall stay in the buffers. */
 #define WIPE_AFTER_MS 10
 
@@ -129,11 +132,13 @@ static void __attribute__((noinline)) touch_stack(void)
 }
 
 /* Serve what is in a buffer without the token, so that another lane reads meanwhile. */
-static void serve_long(struct fuse_switch *sw, struct buffer *buffer)
+static void serve_long(struct lane *lane, struct buffer *buffer)
 {
+	struct fuse_switch *sw = lane->sw;
+
 	pthread_mutex_unlock(&sw->token);
 	if (buffer->request.kind == REQUEST_WRITE) {
-		backlog_serve(sw, buffer);
+		backlog_serve(lane, buffer);
 	} else {
 		request_serve(sw, buffer);
 		buffer_give(sw, buffer);
@@ -142,8 +147,9 @@ static void serve_long(struct fuse_switch *sw, struct buffer *buffer)
 }
 
 /* Context: holds the token. Return: false at the end. */
-static bool lane_step(struct fuse_switch *sw)
+static bool lane_step(struct lane *lane)
 {
+	struct fuse_switch *sw = lane->sw;
 	struct buffer *buffer = buffer_take(sw);
 	struct request *request = &buffer->request;
 	ssize_t n = next_message(sw, buffer);
@@ -156,6 +162,7 @@ static bool lane_step(struct fuse_switch *sw)
 		eventfd_write(sw->options.end_fd, 1);
 		return false;
 	}
+	journal_begin(lane->journal);
 	sw->nr_close++;
 	if (buffer->used < (size_t)n)
 		buffer->used = (size_t)n;
@@ -165,18 +172,21 @@ static bool lane_step(struct fuse_switch *sw)
 		request_serve(sw, buffer);
 		buffer_give(sw, buffer);
 	} else if (request->kind != REQUEST_WRITE || !backlog_put(sw, buffer)) {
-		serve_long(sw, buffer);
+		serve_long(lane, buffer);
 	}
+	journal_end(lane->journal);
 	return !sw->ended;
 }
 
 static void *lane_run(void *arg)
 {
-	struct fuse_switch *sw = ((struct lane *)arg)->sw;
+	struct lane *lane = arg;
+	struct fuse_switch *sw = lane->sw;
 
 	touch_stack();
+	journal_end(lane->journal);
 	pthread_mutex_lock(&sw->token);
-	while (!sw->ended && lane_step(sw))
+	while (!sw->ended && lane_step(lane))
 		;
 	pthread_mutex_unlock(&sw->token);
 	return NULL;
@@ -264,8 +274,11 @@ int switch_create(struct fuse_switch **out, struct store *store,
 	pthread_mutex_init(&sw->token, NULL);
 	pthread_mutex_init(&sw->backlog.lock, NULL);
 	sw->backlog.max_writing = max_writing(options->nr_lanes);
-	for (uint32_t i = 0; i < options->nr_lanes; i++)
+	sw->journal = store_journal(store);
+	for (uint32_t i = 0; i < options->nr_lanes; i++) {
 		sw->lanes[i].sw = sw;
+		sw->lanes[i].journal = &sw->journal->lanes[i];
+	}
 	sw->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	rv = sw->wake_fd < 0 ? -errno : map_memory(sw);
 	if (rv)
@@ -315,6 +328,21 @@ static void join_threads(struct fuse_switch *sw, uint32_t nr_lanes)
 	pthread_join(sw->relay, NULL);
 }
 
+/*
+ * Take over from an earlier worker: what it had read and not answered shall come again. An error
+ * of the kernel's (no RESEND before Linux 6.9) leaves those requests without an answer.
+ */
+static void resume(struct fuse_switch *sw)
+{
+	struct fuse_out_header out = {.len = sizeof(out), .error = NOTIFY_RESEND};
+	ssize_t rv;
+
+	if (!init_replay(sw))
+		return;
+	rv = write(sw->options.fuse_fd, &out, sizeof(out));
+	(void)rv;
+}
+
 /* Nobody reads before all are there: a start that fails has taken no request. */
 static int start_threads(struct fuse_switch *sw)
 {
@@ -347,6 +375,7 @@ int switch_start(struct fuse_switch **out, struct store *store,
 
 	if (rv)
 		return rv;
+	resume(sw);
 	rv = start_threads(sw);
 	if (rv)
 		switch_destroy(sw);

@@ -46,14 +46,13 @@
 #include <stdint.h>
 
 #include "prelude.h"
+#include "store.h"
 
-#define SWITCH_MAX_LANES 64
 #define SWITCH_MAX_REQUEST_BYTES (1U << 20)
 
 /* Where the content of a WRITE begins in its message. A READ's answer uses the same memory. */
 #define PAYLOAD_AT (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in))
 #define INIT_REPLY_BYTES (sizeof(struct fuse_out_header) + sizeof(struct fuse_init_out))
-#define SAVED_INIT_BYTES 256 /* Linux 6.18 sends 104 */
 
 /* Messages on their way from the lanes to pyfuse3, each at a multiple of 8 bytes and as long as
  * its header says. One producer (the token's holder), one consumer (the relay). */
@@ -65,9 +64,9 @@ struct ring {
 	_Atomic uint64_t tail __attribute__((aligned(64)));
 };
 
-/* A cache line of its own, so that counters can join it (heartbeats). */
 struct lane {
 	struct fuse_switch *sw;
+	struct journal_lane *journal;
 	pthread_t thread;
 } __attribute__((aligned(64)));
 
@@ -99,10 +98,11 @@ struct fuse_switch {
 	bool awake;	   /* are the CPUs kept from sleeping? */
 	int error;	   /* what ended it: 0 (unmounted) or -errno */
 
-	/* Written once, under the token, before init_unique is. */
-	uint32_t init_offered; /* fuse_init_in.flags */
-	uint32_t init_bytes;   /* 0: none yet */
-	uint8_t init[SAVED_INIT_BYTES];
+	struct journal *journal;
+	/* Written once, under the token or before there are threads, and before init_unique is. */
+	bool init_known;
+	bool init_replayed;	      /* its answer is not for the kernel, which has one */
+	uint32_t init_offered;	      /* fuse_init_in.flags */
 	_Atomic uint64_t init_unique; /* INIT that pyfuse3 has to answer; 0: none */
 	_Atomic bool ready;
 
@@ -213,11 +213,12 @@ bool backlog_put(struct fuse_switch *sw, struct buffer *buffer);
 
 /**
  * backlog_serve - serve a long write, and then those that wait
+ * @lane:   the caller; has begun a request in the journal
  * @buffer: taken over
  *
  * Returns when none waits, or after one where enough other lanes are writing.
  */
-void backlog_serve(struct fuse_switch *sw, struct buffer *buffer);
+void backlog_serve(struct lane *lane, struct buffer *buffer);
 
 /** request_wants_answer - does a task wait for it? */
 bool request_wants_answer(uint32_t opcode);
@@ -228,6 +229,16 @@ bool request_wants_answer(uint32_t opcode);
  * Context: holds the token. Once for a switch.
  */
 void init_remember(struct fuse_switch *sw, const uint8_t *message, size_t bytes);
+
+/**
+ * init_replay - give pyfuse3 the INIT that an earlier worker has remembered
+ *
+ * Where it is damaged pyfuse3 counts as gone.
+ *
+ * Context: before the threads.
+ * Return: has there been an earlier worker?
+ */
+bool init_replay(struct fuse_switch *sw);
 
 /**
  * init_rewrite - change pyfuse3's reply to INIT

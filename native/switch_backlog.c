@@ -111,12 +111,11 @@ static struct buffer *next_write(struct backlog *b, struct buffer *done)
 	return buffer;
 }
 
-void backlog_serve(struct fuse_switch *sw, struct buffer *buffer)
+void backlog_serve(struct lane *lane, struct buffer *buffer)
 {
-	struct backlog *b = &sw->backlog;
-
 	while (buffer) {
-		request_serve(sw, buffer);
-		buffer = next_write(b, buffer);
+		request_serve(lane->sw, buffer);
+		journal_begin(lane->journal);
+		buffer = next_write(&lane->sw->backlog, buffer);
 	}
 }

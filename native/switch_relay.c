@@ -144,14 +144,36 @@ void init_remember(struct fuse_switch *sw, const uint8_t *message, size_t bytes)
 {
 	const struct fuse_in_header *in = (const struct fuse_in_header *)message;
 	const struct fuse_init_in *init = (const struct fuse_init_in *)(in + 1);
-	struct fuse_in_header *saved = (struct fuse_in_header *)sw->init;
+	uint8_t saved[JOURNAL_INIT_BYTES] __attribute__((aligned(8)));
 
-	sw->init_offered = init->flags;
 	/* What a far kernel adds behind it, no library knows of. */
-	sw->init_bytes = bytes < SAVED_INIT_BYTES ? (uint32_t)bytes : SAVED_INIT_BYTES;
-	memcpy(sw->init, message, sw->init_bytes);
-	saved->len = sw->init_bytes;
+	if (bytes > sizeof(saved))
+		bytes = sizeof(saved);
+	memcpy(saved, message, bytes);
+	((struct fuse_in_header *)saved)->len = (uint32_t)bytes;
+	journal_put_init(sw->journal, saved, bytes);
+	sw->init_known = true;
+	sw->init_offered = init->flags;
 	atomic_store(&sw->init_unique, in->unique);
+}
+
+bool init_replay(struct fuse_switch *sw)
+{
+	uint8_t message[JOURNAL_INIT_BYTES] __attribute__((aligned(8)));
+	const struct fuse_in_header *in = (const struct fuse_in_header *)message;
+	int bytes = journal_get_init(sw->journal, message);
+
+	if (!bytes)
+		return false;
+	sw->init_known = sw->init_replayed = true;
+	if (bytes < 0) {
+		atomic_store(&sw->python_gone, true);
+		atomic_store(&sw->ready, true);
+		return true;
+	}
+	atomic_store(&sw->init_unique, in->unique);
+	relay_forward(sw, message, (size_t)bytes);
+	return true;
 }
 
 size_t init_rewrite(uint8_t *reply, size_t bytes, uint32_t offered, uint32_t max_request_bytes)
@@ -182,6 +204,11 @@ static void pass_on(struct fuse_switch *sw, size_t bytes)
 	bool is_init = out->unique && out->unique == atomic_load(&sw->init_unique);
 	bool delivered;
 
+	if (is_init && sw->init_replayed) {
+		atomic_store(&sw->init_unique, 0);
+		atomic_store(&sw->ready, !out->error);
+		return;
+	}
 	if (is_init)
 		bytes = init_rewrite(sw->reply, bytes, sw->init_offered,
 				     sw->options.max_request_bytes);

@@ -168,7 +168,7 @@ void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t 
 		r->kind = REQUEST_DROP;
 	} else if (in->opcode == FUSE_INIT) {
 		/* One comes, and of 7.6 or later. */
-		if (!sw->init_bytes && bytes >= offsetof(struct fuse_init_in, flags2))
+		if (!sw->init_known && bytes >= offsetof(struct fuse_init_in, flags2))
 			r->kind = REQUEST_FORWARD;
 	} else if (in->nodeid == sw->options.swap_inode) {
 		parse_swap(sw, in + 1, bytes, r);

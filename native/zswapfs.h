@@ -12,7 +12,8 @@
 #define STORE_MAX_PAGES 268435456 /* 1 TiB of content; what a slot's place can address */
 #define STORE_MIN_CHUNK_BYTES 4096
 #define STORE_MAX_CHUNK_BYTES 65536
-#define REGION_FORMAT 2 /* version of the layout; a region of another version is refused */
+#define REGION_FORMAT 3 /* version of the layout; a region of another version is refused */
+#define SWITCH_MAX_LANES 64
 
 /* Flags of region_memory(). */
 #define REGION_NOSWAP 1 /* pages cannot be swapped out, locked or not */
@@ -68,6 +69,28 @@ struct store_stats {
  * Return: a descriptor (close-on-exec), or -errno.
  */
 int region_memory(uint32_t *flags);
+
+/**
+ * region_format - lay out an empty region in @fd
+ *
+ * Return: 0, -EINVAL (options), -errno of ftruncate.
+ */
+int region_format(int fd, const struct store_options *options);
+
+/**
+ * region_probe - could this version adopt what is in @fd?
+ *
+ * Return: 0, -EINVAL (not a region), -EPROTONOSUPPORT (another format).
+ */
+int region_probe(int fd);
+
+/**
+ * region_steps - how far each lane of a worker is
+ * @steps: SWITCH_MAX_LANES numbers; odd: the lane has a request; it changes with each
+ *
+ * Return: 0, -EINVAL (not a region).
+ */
+int region_steps(int fd, uint64_t *steps);
 
 /**
  * store_create - format @fd and open it as an empty store
@@ -196,7 +219,7 @@ struct switch_options {
 	int socket_fd;	   /* our end of pyfuse3's SOCK_SEQPACKET pair */
 	int end_fd;	   /* eventfd: 1 is added when the kernel has unmounted */
 	int latency_fd;	   /* /dev/cpu_dma_latency, open for writing; -1: let CPUs sleep */
-	uint32_t nr_lanes; /* 1 to 64 */
+	uint32_t nr_lanes; /* 1 to SWITCH_MAX_LANES */
 	uint32_t spin_us;  /* how long a lane looks for a request after a read before it sleeps */
 	uint32_t max_request_bytes; /* max_write and max_read; multiple of PAGE_BYTES, <= 1 MiB */
 	uint64_t swap_inode;	    /* node id of the swap file */
@@ -205,14 +228,16 @@ struct switch_options {
 /**
  * switch_start - begin to serve: starts the lanes and the relay
  *
- * The descriptors stay the caller's and must outlive the switch.
+ * The descriptors stay the caller's and must outlive the switch. In a region that an earlier
+ * worker served, first has the kernel send again what that one had under way, and replays INIT
+ * to pyfuse3.
  *
  * Return: 0, -EINVAL, -ENOMEM, -EAGAIN (no thread).
  */
 int switch_start(struct fuse_switch **out, struct store *store,
 		 const struct switch_options *options);
 
-/** switch_ready - Return: 1 when pyfuse3's INIT reply has gone to the kernel, else 0. */
+/** switch_ready - Return: 1 when pyfuse3 has answered INIT, else 0. */
 int switch_ready(const struct fuse_switch *sw);
 
 /**

@@ -79,6 +79,19 @@ def zswapfs(*words: object) -> "subprocess.CompletedProcess[str]":
     return run(ZSWAPFS, *words)
 
 
+def mount_strange(mountpoint: Path, what: str) -> "subprocess.CompletedProcess[str]":
+    """Mount 64 MiB with a daemon that has a fault: the name of a function of strange.py."""
+    (mountpoint.parent / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'zswapfs.supervisor' in sys.orig_argv:\n"
+        f"    sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "    import strange\n"
+        f"    strange.{what}()\n"
+    )
+    environment = (f"PYTHONPATH={mountpoint.parent}", f"STRANGE={mountpoint.parent}")
+    return run("env", *environment, ZSWAPFS, "mount", mountpoint, "-o", "size=64M")
+
+
 def take_down(mountpoint: Path) -> None:
     """Undo whatever there is at a mountpoint, by force where it must be."""
     swap_file = f"{mountpoint}/swap"

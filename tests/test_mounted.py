@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ZSWAPFS, Mounted, run, take_down, zswapfs
+from conftest import ZSWAPFS, Mounted, mount_strange, run, take_down, zswapfs
 
 from zswapfs.store import Store
 
@@ -287,7 +287,7 @@ def test_mount_knows_the_type(place: Path) -> None:
 HOLDER = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
-from zswapfs import supervisor, worker
+from zswapfs import store, supervisor, worker
 from zswapfs.config import Options
 
 def hold():
@@ -296,9 +296,10 @@ def hold():
     ctypes.PyDLL(None).sleep(3)  # a call through PyDLL keeps the interpreter's lock
 
 fuse_fd = supervisor.mount_fuse(Path(sys.argv[1]), "zswapfs")
-region_fd, _ = supervisor.region_memory()
+region_fd, _ = store.region_memory()
+store.format_region(region_fd, (64 << 20) // 4096)
 threading.Thread(target=hold, daemon=True).start()
-sys.exit(worker.run(Options(size=64 << 20), fuse_fd, region_fd, os.dup(1)))
+sys.exit(worker.run(worker.Job(Options(size=64 << 20), fuse_fd, region_fd, 1, 0)))
 """
 
 
@@ -341,55 +342,10 @@ def test_the_daemon_keeps_nothing_of_its_caller(place: Path) -> None:
         assert Path(f"/proc/{process}/cwd").readlink() == Path("/")
 
 
-# What runs in the daemon is patched by a sitecustomize.py of this content.
-BROKEN = {
-    "pyfuse3 does not start": """
-import pyfuse3
-def init(*_args):
-    raise RuntimeError("refused")
-pyfuse3.init = init
-""",
-    "the policy fails": """
-import trio, zswapfs.compaction
-async def task(store, options):
-    await trio.sleep(0.2)
-    raise RuntimeError("policy")
-zswapfs.compaction.compaction_task = task
-""",
-    "statistics fail": """
-import pathlib, zswapfs.worker
-def take(store):
-    error = pathlib.Path(__file__).with_name("now").read_text()
-    raise OSError(int(error), "no") if error else RuntimeError("no")
-zswapfs.worker.take_stats = take
-""",
-    "the control plane fails": """
-import pathlib, pyfuse3, trio
-async def main():
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(real)
-        while not pathlib.Path(__file__).with_name("now").exists():
-            await trio.sleep(0.01)
-        raise RuntimeError("control")
-real, pyfuse3.main = pyfuse3.main, main
-""",
-}
-
-
-def _mount_broken(place: Path, how: str) -> "subprocess.CompletedProcess[str]":
-    folder = place.with_name("broken")
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(
-        "import sys\nif 'zswapfs.supervisor' in sys.orig_argv:\n"
-        + "".join(f"    {line}\n" for line in BROKEN[how].splitlines())
-    )
-    return run("env", f"PYTHONPATH={folder}", ZSWAPFS, "mount", place, "-o", "size=64M")
-
-
 def test_a_control_plane_that_cannot_start_leaves_nothing(place: Path) -> None:
     """Said at once, in one line."""
     begin = time.monotonic()
-    done = _mount_broken(place, "pyfuse3 does not start")
+    done = mount_strange(place, "pyfuse3_does_not_start")
     assert (done.returncode, done.stderr) == (1, f"zswapfs: {place}: refused\n")
     assert time.monotonic() - begin < 10
     assert not place.is_mount()
@@ -397,7 +353,7 @@ def test_a_control_plane_that_cannot_start_leaves_nothing(place: Path) -> None:
 
 def test_a_failing_policy_leaves_the_mount_alone(place: Path) -> None:
     """Statistics and .compact go on."""
-    assert _mount_broken(place, "the policy fails").returncode == 0
+    assert mount_strange(place, "the_policy_fails").returncode == 0
     time.sleep(0.5)
     assert Mounted(place).stats()["DiskSize"] == 64 << 10
     (place / ".compact").write_text("1")
@@ -407,30 +363,12 @@ def test_a_failing_policy_leaves_the_mount_alone(place: Path) -> None:
 
 def test_a_failing_request_is_answered(place: Path) -> None:
     """With its own error, or EIO; those after it are served."""
-    assert _mount_broken(place, "statistics fail").returncode == 0
+    assert mount_strange(place, "statistics_fail").returncode == 0
     for error, answer in ((str(errno.ENOMEM), errno.ENOMEM), ("", errno.EIO)):
-        (place.with_name("broken") / "now").write_text(error)
+        place.with_name("now").write_text(error)
         with pytest.raises(OSError, match=rf"\[Errno {answer}\]"):
             (place / ".stats").read_text()
     assert os.statvfs(place).f_bsize == PAGE
-    assert run("umount", place).returncode == 0
-    _wait_for_end(Mounted(place))
-
-
-def test_a_failing_control_plane_leaves_the_pages_alone(place: Path, corpus: list[bytes]) -> None:
-    """Whoever has the file open reads and writes on, until the unmount."""
-    assert _mount_broken(place, "the control plane fails").returncode == 0
-    fd = os.open(place / "swap", os.O_RDWR)
-    worker = max(Mounted(place).daemon())
-    (place.with_name("broken") / "now").touch()
-    # The loop's poll set is the last of it to go. Asking before that could go unanswered.
-    while any("eventpoll" in str(link.readlink()) for link in Path(f"/proc/{worker}/fd").iterdir()):
-        time.sleep(0.02)
-    with pytest.raises(OSError, match=r"\[Errno 5\]"):
-        (place / ".stats").read_text()
-    assert os.pwrite(fd, corpus[0], PAGE) == PAGE
-    assert os.pread(fd, PAGE, PAGE) == corpus[0]
-    os.close(fd)
     assert run("umount", place).returncode == 0
     _wait_for_end(Mounted(place))
 

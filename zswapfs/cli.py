@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -63,7 +64,6 @@ def _wait_ready(fd: int, mountpoint: Path) -> list[str]:
             reason = lines[-1].removeprefix("error: ") if lines else "the daemon ended"
             raise SetupError(f"{mountpoint}: {reason}")
         text += more.decode(errors="replace")
-    (mountpoint / "swap").stat()
     return [line.removeprefix("note: ") for line in text.splitlines() if line.startswith("note: ")]
 
 
@@ -74,7 +74,7 @@ def _start_daemon(mountpoint: Path, options: Options, fuse_fd: int) -> int:
     kmsg = Path("/dev/kmsg")
     with (kmsg if os.access(kmsg, os.W_OK) else Path(os.devnull)).open("wb") as log:
         subprocess.Popen(
-            supervisor.command(mountpoint, options, fuse_fd, says),
+            supervisor.Mount(mountpoint, options, fuse_fd).command(says),
             pass_fds=(fuse_fd, says),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -90,14 +90,19 @@ def _start_daemon(mountpoint: Path, options: Options, fuse_fd: int) -> int:
 def _mount(mountpoint: Path, options: Options, source: str) -> list[str]:
     """Mount and leave a daemon behind; return its notes. Nothing is left after an error."""
     _check_mountpoint(mountpoint)
+    # The daemon begins with them blocked, until it can handle them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)
     fuse_fd = supervisor.mount_fuse(mountpoint, source)
     try:
         with os.fdopen(_start_daemon(mountpoint, options, fuse_fd), "rb") as ready:
-            return _wait_ready(ready.fileno(), mountpoint)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, supervisor.SIGNALS)
+            notes = _wait_ready(ready.fileno(), mountpoint)
+        (mountpoint / "swap").stat()
     except BaseException:  # interrupted, too
         with suppress(OSError):
             supervisor.unmount(mountpoint, lazily=True)
         raise
+    return notes
 
 
 def _unmount(mountpoint: Path) -> None:
@@ -138,11 +143,12 @@ def mount_command(
         _print_notes(_mount(target, options, source))
         return
     _check_mountpoint(target)
+    signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)
     fuse_fd = supervisor.mount_fuse(target, source)
     says = os.dup(sys.stderr.fileno())
     for fd in (fuse_fd, says):
         os.set_inheritable(fd, True)  # noqa: FBT003
-    os.execv(sys.executable, supervisor.command(target, options, fuse_fd, says))  # noqa: S606
+    os.execv(sys.executable, supervisor.Mount(target, options, fuse_fd).command(says))  # noqa: S606
 
 
 def _print_notes(notes: list[str]) -> None:
@@ -234,6 +240,29 @@ def down(mountpoint: Path) -> None:
             with suppress(OSError):
                 target.rmdir()
     click.echo(f"zswapfs: {target} is down")
+
+
+@cli.command()
+@_MOUNTPOINT
+def restart(mountpoint: Path) -> None:
+    """Have the daemon go on as the installed version, under live swap; or say why not."""
+    _need_root()
+    target = _absolute(mountpoint)
+    if swap.mount_source(target) is None:
+        raise ConfigError(f"{target}: no zswapfs is mounted there")
+    process = supervisor.find(target)
+    if process is None:
+        raise SetupError(f"{target}: its supervisor is gone")
+    fifo = supervisor.restart_fifo(target)
+    fifo.unlink(missing_ok=True)
+    os.mkfifo(fifo, 0o600)
+    try:
+        with os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb") as answer:
+            os.kill(process, signal.SIGHUP)
+            _wait_ready(answer.fileno(), target)
+    finally:
+        fifo.unlink()
+    click.echo(f"zswapfs: {target} goes on with version {metadata.version('zswapfs')}")
 
 
 @cli.command()

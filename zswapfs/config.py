@@ -87,6 +87,8 @@ class Options:
     """Microseconds that a lane goes on looking for requests after a read, 0 to 1000."""
     awake: int = 1
     """1: while requests follow each other closely, CPUs are kept from sleep states."""
+    heartbeat: int = 10
+    """Seconds without a sign of life after which a worker is replaced; 0: never."""
     compact_at: float = 0.5
     """Percent of the arena's memory that must be free inside chunks for compaction to begin."""
     compact_fast: float = 5.0
@@ -131,6 +133,7 @@ _PARSERS: dict[str, Callable[[str], int | float]] = {
     "lanes": lambda text: parse_count(text, "lanes", 1, 64),
     "spin_us": lambda text: parse_count(text, "spin_us", 0, 1000),
     "awake": lambda text: parse_count(text, "awake", 0, 1),
+    "heartbeat": lambda text: parse_count(text, "heartbeat", 0, 3600),
     "compact_at": lambda text: parse_percent(text, "compact_at"),
     "compact_fast": lambda text: parse_percent(text, "compact_fast"),
 }

@@ -42,6 +42,8 @@ _FILES = (
     _File(b".metrics", SWAP_INODE + 3, 0o444),
     _File(b".compact", SWAP_INODE + 4, 0o200),
 )
+_INODE_BITS = 8
+"""Of a handle; above them is a serial number."""
 _BY_NAME = {file.name: file for file in _FILES}
 _BY_INODE = {file.inode: file for file in _FILES}
 _RENDER: dict[bytes, Callable[[Stats], str]] = {
@@ -69,15 +71,16 @@ class Filesystem(pyfuse3.Operations):
     """One directory of five files.
 
     ``take_stats`` is called, in a thread, at each open of a statistics file: what one handle
-    reads is one moment.
+    reads is one moment. ``generation`` tells apart the handles of this worker and those that an
+    earlier one gave out; what is read from such a one is made anew.
     """
 
-    def __init__(self, store: Store, take_stats: Callable[[], Stats]) -> None:
+    def __init__(self, store: Store, take_stats: Callable[[], Stats], generation: int = 0) -> None:
         super().__init__()
         self._store = store
         self._take_stats = take_stats
         self._texts: dict[int, bytes] = {}
-        self._next_handle = len(_FILES) + SWAP_INODE
+        self._serial = generation << 32
         self._born_ns = time.time_ns()
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
@@ -145,17 +148,22 @@ class Filesystem(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EACCES)
         handle = inode
         if file.name in _RENDER:
-            render = _RENDER[file.name]
-            text = await _in_thread(lambda: render(self._take_stats()).encode())
-            handle = self._next_handle
-            self._next_handle += 1
-            self._texts[handle] = text
+            self._serial += 1
+            handle = self._serial << _INODE_BITS | inode
+            self._texts[handle] = await self._render(file.name)
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
+
+    async def _render(self, name: bytes) -> bytes:
+        render = _RENDER[name]
+        return await _in_thread(lambda: render(self._take_stats()).encode())
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read from the text made at open."""
-        if fh not in self._texts:
+        file = _BY_INODE.get(fh & ((1 << _INODE_BITS) - 1))
+        if file is None or file.name not in _RENDER:
             raise pyfuse3.FUSEError(errno.EBADF)
+        if fh not in self._texts:
+            self._texts[fh] = await self._render(file.name)
         return self._texts[fh][off : off + size]
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -32,6 +32,44 @@ def region_memory() -> tuple[int, bool]:
     return fd, bool(flags[0] & lib.REGION_NOSWAP)
 
 
+def _native_options(nr_pages: int, mem_limit: int | None, chunk_size: int, reserve: int) -> Any:
+    if min(nr_pages, chunk_size, 1 if mem_limit is None else mem_limit) < 1 or reserve < 0:
+        check(-errno.EINVAL)
+    return ffi.new(
+        "struct store_options *",
+        {
+            "nr_pages": nr_pages,
+            "mem_limit": mem_limit or 0,
+            "chunk_bytes": chunk_size,
+            "reserve_bytes": reserve,
+        },
+    )
+
+
+def format_region(
+    fd: int,
+    nr_pages: int,
+    mem_limit: int | None = None,
+    chunk_size: int = CHUNK_BYTES,
+    *,
+    reserve: int = DEFAULT_RESERVE,
+) -> None:
+    """Lay out an empty region, for ``Store.adopt``. Arguments and errors are Store's."""
+    check(lib.region_format(fd, _native_options(nr_pages, mem_limit, chunk_size, reserve)))
+
+
+def probe_region(fd: int) -> None:
+    """Raise StoreError where this version cannot adopt a region: EINVAL, EPROTONOSUPPORT."""
+    check(lib.region_probe(fd))
+
+
+def lane_steps(fd: int) -> tuple[int, ...]:
+    """Return how far each lane is that serves a region: odd while it has a request."""
+    steps = ffi.new("uint64_t[]", lib.SWITCH_MAX_LANES)
+    check(lib.region_steps(fd, steps))
+    return tuple(steps)
+
+
 class Store:
     """Compressed pages, by index.
 
@@ -53,17 +91,7 @@ class Store:
         reserve: int = DEFAULT_RESERVE,
         fd: int | None = None,
     ) -> None:
-        if min(nr_pages, chunk_size, 1 if mem_limit is None else mem_limit) < 1 or reserve < 0:
-            check(-errno.EINVAL)
-        options = ffi.new(
-            "struct store_options *",
-            {
-                "nr_pages": nr_pages,
-                "mem_limit": mem_limit or 0,
-                "chunk_bytes": chunk_size,
-                "reserve_bytes": reserve,
-            },
-        )
+        options = _native_options(nr_pages, mem_limit, chunk_size, reserve)
         out = ffi.new("struct store **")
         self._store: Any = ffi.NULL
         self._own_fd = region_memory()[0] if fd is None else None
@@ -244,7 +272,7 @@ class FuseSwitch:
 
     @property
     def ready(self) -> bool:
-        """Whether the kernel has the answer to INIT."""
+        """Whether pyfuse3 has answered INIT."""
         return bool(lib.switch_ready(self._switch))
 
     def join(self) -> None:

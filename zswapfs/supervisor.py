@@ -1,25 +1,50 @@
-"""Holds /dev/fuse and the region, and forks the worker that uses them.
+"""Holds /dev/fuse and the region; forks the worker that uses them, and the next when it dies.
 
 A program of its own, so that nothing of the command line stays in memory with it:
 
-    python -P -m zswapfs.supervisor MOUNTPOINT FUSE_FD READY_FD OPTIONS
+    python -P -m zswapfs.supervisor MOUNTPOINT FUSE_FD READY_FD OPTIONS [REGION_FD,WORKER,RESTARTS]
+
+The last word is there when it takes the place of an earlier one, with its worker. What always
+holds is in native/README.md, under Recovery.
 """
 
 import ctypes
 import errno
+import gc
+import hashlib
 import os
+import select
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from . import worker
 from .config import Options, parse_options
 from .errors import SetupError, ZswapfsError
-from .store import region_memory
+from .heartbeat import PATIENCE, Heartbeat
+from .privileges import keep_out_others
+from .store import format_region, lane_steps, probe_region, region_memory
 
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""Handled here; blocked while nobody could handle them, by whoever starts this program, too."""
+LEAST_PAUSE, MOST_PAUSE = 0.1, 5.0
+SETTLED_SECONDS = 1.0
+"""A worker that served for less is followed by the next one after a pause."""
+PROBE_SECONDS = 20
+NAME, WORKER_NAME = "zswapfs", "zswapfs-worker"
+
+# -P: the current directory may hold a zswapfs that is not built.
+_PROGRAM = (sys.executable, "-P", "-m", "zswapfs.supervisor")
+_PROBE = "--can-adopt"
 _MS_NOSUID, _MS_NODEV = 2, 4
 _MNT_DETACH = 2
+_PR_SET_NAME = 15
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,77 +75,347 @@ def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
         raise OSError(number, os.strerror(number), str(mountpoint))
 
 
-def command(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> list[str]:
-    """Return what to run as the daemon; both descriptors must be open in it.
+@dataclass(frozen=True)
+class Mount:
+    """What a supervisor holds, and hands on to the program that takes its place."""
 
-    ``ready_fd`` gets lines: ``note: ...``, then ``ready`` or ``error: ...``.
-    """
-    # -P: the current directory may hold a zswapfs that is not built.
-    python = [sys.executable, "-P", "-m", "zswapfs.supervisor"]
-    return [*python, str(mountpoint), str(fuse_fd), str(ready_fd), options.words()]
+    mountpoint: Path
+    options: Options
+    fuse_fd: int
+    region_fd: int = -1
+    worker: int = 0
+    """Process id."""
+    restarts: int = 0
+
+    def command(self, ready_fd: int) -> list[str]:
+        """Return what to run as the daemon; all descriptors must be open in it.
+
+        ``ready_fd`` gets lines: ``note: ...``, then ``ready`` or ``error: ...``; -1: nobody does.
+        """
+        words = [str(self.mountpoint), str(self.fuse_fd), str(ready_fd), self.options.words()]
+        if self.worker:
+            words.append(f"{self.region_fd},{self.worker},{self.restarts}")
+        return [*_PROGRAM, *words]
+
+
+def find(mountpoint: Path) -> int | None:
+    """Return the process id of the supervisor of a mount, or None."""
+    start = [os.fsencode(word) for word in (*_PROGRAM[1:], str(mountpoint))]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                named = (entry / "comm").read_text() == f"{NAME}\n"
+                if named and words[1 : 1 + len(start)] == start:
+                    return int(entry.name)
+    return None
+
+
+def restart_fifo(mountpoint: Path) -> Path:
+    """Return where a supervisor that is told to restart (SIGHUP) says what became of it."""
+    name = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+    return Path(f"/run/zswapfs-restart-{name}")
 
 
 def complain(text: str) -> None:
     """Say something on standard error, which for a daemon is the kernel's log."""
-    os.write(sys.stderr.fileno(), f"zswapfs: {text}\n".encode())
+    worker.write_line(2, f"zswapfs: {text}")
 
 
-def _worker_main(options: Options, fds: tuple[int, int, int]) -> None:
+def _be_called(name: str) -> None:
+    _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def _worker_main(job: worker.Job) -> NoReturn:
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        code = worker.run(options, *fds)
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        _be_called(WORKER_NAME)
+        code = worker.run(job)
     except BaseException as error:  # noqa: BLE001 the last chance to say anything
-        with suppress(OSError):
-            os.write(fds[2], f"error: {error}\n".encode())
+        job.say(f"error: {error}")
     finally:
         os._exit(code)
 
 
-def serve(mountpoint: Path, options: Options, fuse_fd: int, ready_fd: int) -> int:
+class _Worker:
+    """One worker process, from its fork until it has been waited for."""
+
+    def __init__(self, mount: Mount, ready_fd: int, *, names: bool) -> None:
+        self.says_fd, says = os.pipe()
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                with suppress(OSError):
+                    os.close(ready_fd)
+                job = worker.Job(
+                    mount.options, mount.fuse_fd, mount.region_fd, says, mount.restarts, names
+                )
+                _worker_main(job)
+        except OSError:
+            os.close(self.says_fd)
+            raise
+        finally:
+            os.close(says)
+        self.pid_fd = os.pidfd_open(self.pid)
+        self.served_from: float | None = None
+        self._text = b""
+
+    def lines(self) -> list[str] | None:
+        """Return what it has said since the last call; None once it will say no more."""
+        more = os.read(self.says_fd, 4096)
+        *lines, self._text = (self._text + more).split(b"\n")
+        said = [line.decode(errors="surrogateescape") for line in lines]
+        if "serving" in said:
+            self.served_from = time.monotonic()
+        return said if more else None
+
+    def wait(self) -> int:
+        """Wait for its end, free everything, return its exit code (below 0: the signal)."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pid_fd)
+        os.close(self.says_fd)
+        return os.waitstatus_to_exitcode(status)
+
+    def has_settled(self) -> bool:
+        """Say whether it served for a while."""
+        since = self.served_from
+        return since is not None and time.monotonic() - since >= SETTLED_SECONDS
+
+
+def _has_requests(fuse_fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fuse_fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class Supervisor:
+    """The daemon's life: one worker after the other until the kernel has unmounted."""
+
+    def __init__(self, mount: Mount, ready_fd: int) -> None:
+        self._mount = mount
+        self._ready_fd = ready_fd
+        self._usable = mount.restarts > 0
+        self._names = True
+        self._pause = 0.0
+        self._signal_fd, signals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(signals)
+        for number in SIGNALS:
+            signal.signal(number, lambda _number, _frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def run(self) -> int:
+        """Return the daemon's exit code: 0 after the unmount, 1 when it never became usable."""
+        while True:
+            process = self._fork()
+            code = self._attend(process)
+            if code == 0:
+                return 0
+            if not self._usable:
+                with suppress(OSError):
+                    unmount(self._mount.mountpoint, lazily=True)
+                return 1
+            self._mount = replace(self._mount, restarts=self._mount.restarts + 1)
+            if code == worker.FAILED_AGAIN and self._names:
+                self._names = False
+                self._complain("names and statistics are gone until 'zswapfs restart'")
+            self._pause = 0 if process.has_settled() else self._longer_pause()
+            again = f" in {self._pause:.1f} s" if self._pause else ""
+            self._complain(f"the worker ended with {code}; the next one takes over{again}")
+            time.sleep(self._pause)
+
+    def _longer_pause(self) -> float:
+        return min(max(2 * self._pause, LEAST_PAUSE), MOST_PAUSE)
+
+    def _fork(self) -> _Worker:
+        while True:
+            try:
+                return _Worker(self._mount, self._ready_fd, names=self._names)
+            except OSError as error:
+                if not self._usable:
+                    raise
+                self._pause = self._longer_pause()
+                self._complain(f"cannot fork: {error.strerror}; again in {self._pause:.1f} s")
+                time.sleep(self._pause)
+
+    def _complain(self, text: str) -> None:
+        complain(f"{self._mount.mountpoint}: {text}")
+
+    def _attend(self, process: _Worker) -> int:
+        """Listen to a worker and look after it until it ends; return its exit code."""
+        poll = select.poll()
+        for fd in (process.pid_fd, process.says_fd, self._signal_fd):
+            poll.register(fd, select.POLLIN)
+        heartbeat = Heartbeat()
+        interval = self._mount.options.heartbeat / PATIENCE
+        look_at: float | None = None
+        while True:
+            wait = None if look_at is None else max(0.0, look_at - time.monotonic()) * 1000
+            ready = {fd for fd, _ in poll.poll(wait)}
+            if process.says_fd in ready and not self._listen(process):
+                poll.unregister(process.says_fd)
+            if process.pid_fd in ready:
+                while self._listen(process):
+                    pass
+                return process.wait()
+            if self._signal_fd in ready:
+                self._obey(os.read(self._signal_fd, 64), process)
+            now = time.monotonic()
+            if look_at is None and process.served_from is not None and interval:
+                look_at = now + interval
+            if look_at is not None and now >= look_at:
+                look_at = now + interval
+                waiting = _has_requests(self._mount.fuse_fd)
+                if heartbeat.hangs(lane_steps(self._mount.region_fd), waiting=waiting):
+                    self._complain("the worker hangs")
+                    os.kill(process.pid, signal.SIGKILL)
+
+    def _listen(self, process: _Worker) -> bool:
+        """Pass on what a worker says; return False once it will say no more."""
+        lines = process.lines()
+        for line in lines or []:
+            if self._ready_fd >= 0 and line != "serving":
+                self._answer(line)
+            elif line.startswith("error: "):
+                self._complain(line.removeprefix("error: "))
+        return lines is not None
+
+    def _answer(self, line: str) -> None:
+        """Say a line to whoever has started us, or a restart; ``ready`` is the last one."""
+        worker.write_line(self._ready_fd, line)
+        if line == "ready":
+            self._usable = True
+            os.close(self._ready_fd)
+            self._ready_fd = -1
+
+    def _obey(self, numbers: bytes, process: _Worker) -> None:
+        if signal.SIGTERM in numbers or signal.SIGINT in numbers:
+            self._stop()
+        if signal.SIGHUP in numbers and self._usable and self._ready_fd < 0:
+            self._restart(process)
+
+    def _stop(self) -> None:
+        """Unmount, if nobody uses the mount; under live swap nothing changes."""
+        try:
+            unmount(self._mount.mountpoint)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                self._complain(f"{error.strerror}; goes on")
+
+    def _restart(self, process: _Worker) -> None:
+        """Become the installed program, if that can go on from here; or say why not."""
+        fifo = -1
+        with suppress(OSError):
+            path = restart_fifo(self._mount.mountpoint)
+            fifo = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        reason = self._refusal() or self._become(process, fifo)
+        self._complain(f"no restart: {reason}")
+        if fifo >= 0:
+            worker.write_line(fifo, f"error: {reason}")
+            os.close(fifo)
+
+    def _refusal(self) -> str:
+        """Have the installed program try region and options; return what is wrong, or nothing."""
+        fd = self._mount.region_fd
+        words = [*_PROGRAM, _PROBE, str(fd), self._mount.options.words()]
+        try:
+            done = subprocess.run(
+                words,
+                pass_fds=(fd,),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=PROBE_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        if done.returncode == 0:
+            return ""
+        lines = done.stderr.strip().splitlines()
+        return lines[-1] if lines else f"the installed program ends with {done.returncode}"
+
+    def _become(self, process: _Worker, fifo: int) -> str:
+        """Execute the installed program in our place; return why that could not be."""
+        mount = replace(self._mount, worker=process.pid, restarts=self._mount.restarts + 1)
+        fds = [fd for fd in (mount.fuse_fd, mount.region_fd, fifo) if fd >= 0]
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for fd in fds:
+            os.set_inheritable(fd, True)  # noqa: FBT003
+        try:
+            os.execv(sys.executable, mount.command(fifo))  # noqa: S606
+        except OSError as error:
+            for fd in fds:
+                os.set_inheritable(fd, False)  # noqa: FBT003
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return str(error)
+
+
+def _new_region(options: Options, say: Callable[[str], None]) -> int:
+    fd, noswap = region_memory()
+    if not noswap:
+        say("note: no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover")
+    if not worker.has_resend():
+        say("note: no FUSE_NOTIFY_RESEND (Linux 6.9): if the worker dies, what it was at fails")
+    format_region(fd, options.nr_pages, options.mem_limit, reserve=options.reserve)
+    return fd
+
+
+def serve(mount: Mount, ready_fd: int) -> int:
     """Run the daemon until the unmount; return its exit code.
 
     SIGTERM and SIGINT unmount, if nobody uses the mount; under live swap they change nothing.
+    SIGHUP restarts with the installed program.
     """
-    region_fd, noswap = region_memory()
-    if not noswap:
-        text = "note: no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover\n"
-        os.write(ready_fd, text.encode())
-
-    def stop(number: int, frame: object) -> None:
-        del number, frame
+    _be_called(NAME)
+    worker.protect_memory()
+    keep_out_others()
+    for fd in (mount.fuse_fd, mount.region_fd, ready_fd):
+        if fd >= 0:
+            os.set_inheritable(fd, False)  # noqa: FBT003
+    if mount.worker:
+        with suppress(ProcessLookupError):
+            os.kill(mount.worker, signal.SIGKILL)
+        os.waitpid(mount.worker, 0)
+    else:
         try:
-            unmount(mountpoint)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                complain(f"{mountpoint}: {error.strerror}; goes on")
+            fd = _new_region(mount.options, lambda line: worker.write_line(ready_fd, line))
+        except BaseException:
+            unmount(mount.mountpoint, lazily=True)
+            raise
+        mount = replace(mount, region_fd=fd)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    return Supervisor(mount, ready_fd).run()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    pid = os.fork()
-    if pid == 0:
-        _worker_main(options, (fuse_fd, region_fd, ready_fd))
-    os.close(ready_fd)
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code:
-        complain(f"{mountpoint}: the worker ended with {code}")
-        with suppress(OSError):
-            unmount(mountpoint, lazily=True)
-        return 1
-    return 0
+
+def _probe(region_fd: str, words: str) -> None:
+    """Exit with a line on standard error if a region or its options are not for this version."""
+    try:
+        probe_region(int(region_fd))
+        parse_options([words])
+    except (ZswapfsError, OSError) as error:
+        sys.exit(f"the installed version cannot go on from here: {error}")
 
 
 def main() -> None:
     """Be the daemon."""
-    mountpoint, fuse_fd, ready_fd, words = sys.argv[1:]
-    code = 1
+    if sys.argv[1] == _PROBE:
+        _probe(*sys.argv[2:])
+        return
+    mountpoint, fuse_fd, ready_fd, words, *earlier = sys.argv[1:]
     try:
-        code = serve(Path(mountpoint), parse_options([words]), int(fuse_fd), int(ready_fd))
+        mount = Mount(Path(mountpoint), parse_options([words]), int(fuse_fd))
+        for word in earlier:
+            region_fd, process, restarts = map(int, word.split(","))
+            mount = replace(mount, region_fd=region_fd, worker=process, restarts=restarts)
+        code = serve(mount, int(ready_fd))
     except (ZswapfsError, OSError) as error:
-        with suppress(OSError):
-            os.write(int(ready_fd), f"error: {error}\n".encode())
+        worker.write_line(int(ready_fd), f"error: {error}")
+        code = 1
     sys.exit(code)
 
 

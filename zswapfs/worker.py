@@ -1,16 +1,22 @@
-"""One worker's life: lock memory, open the store, start the lanes, run pyfuse3 until unmount."""
+"""One worker's life: lock memory, adopt the store, start the lanes, run pyfuse3 until unmount."""
 
 import ctypes
+import fcntl
 import gc
 import logging
 import os
+import re
 import socket
+import struct
+import time
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 from .config import Options
+from .privileges import give_up_capabilities, keep_out_others
 from .stats import Stats
 from .store import FuseSwitch, Store, SwitchOptions
 
@@ -22,6 +28,14 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _PR_SET_IO_FLUSHER = 57
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _M_ARENA_MAX = -8
+_FUSE_DEV_IOC_CLONE = 0x8004E500
+
+SETTLED_SECONDS = 10
+"""A second control plane that fails sooner than this is followed by none."""
+FAILED, FAILED_AGAIN = 1, 3
+"""Exit codes of a worker whose control plane has failed."""
+
+TakeStats = Callable[[], Stats]
 
 log = logging.getLogger("zswapfs")
 
@@ -43,6 +57,12 @@ class _KernelLog(logging.Handler):
                 os.write(2, piece)
 
 
+def write_line(fd: int, line: str) -> None:
+    """Write to whoever listens; if nobody does, to nobody."""
+    with suppress(OSError):
+        os.write(fd, f"{line}\n".encode(errors="surrogateescape"))
+
+
 def protect_memory() -> list[str]:
     """Keep the process out of the way of its own swap; return what could not be had."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -59,21 +79,41 @@ def protect_memory() -> list[str]:
     return missing
 
 
-def own_memory(pids: list[int]) -> int:
-    """Return the bytes that processes have resident besides the region, shared ones by share."""
-    total = 0
-    for pid in pids:
-        with suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                name, _, value = line.partition(":")
-                if name in ("Pss_Anon", "Pss_File"):
-                    total += int(value.split()[0]) << 10
-    return total
+def has_resend() -> bool:
+    """Say whether the kernel can send again what a dead worker had under way: Linux 6.9."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return found is not None and tuple(map(int, found.groups())) >= (6, 9)
 
 
-def take_stats(store: Store) -> Stats:
-    """Return the store's statistics with the daemon's own beside them."""
-    return store.stats(daemon_rss=own_memory([os.getpid(), os.getppid()]))
+def clone_fuse(fd: int) -> int:
+    """Return another descriptor of the same mount; closing it ends the requests read from it."""
+    clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    fcntl.ioctl(clone, _FUSE_DEV_IOC_CLONE, struct.pack("I", fd))
+    return clone
+
+
+class OwnMemory:
+    """What this process and its parent have resident besides the region.
+
+    Their files in /proc are opened here: later, without capabilities, the parent's could not be.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[FileIO] = []
+        for pid in ("self", os.getppid()):
+            with suppress(OSError):
+                self._files.append(FileIO(f"/proc/{pid}/smaps_rollup"))
+
+    def total(self) -> int:
+        """Return the sum of their proportional set sizes, in bytes: what they share counts once."""
+        total = 0
+        for file in self._files:
+            with suppress(OSError):
+                for line in os.pread(file.fileno(), 4096, 0).decode().splitlines():
+                    name, _, value = line.partition(":")
+                    if name in ("Pss_Anon", "Pss_File"):
+                        total += int(value.split()[0]) << 10
+        return total
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
@@ -95,13 +135,32 @@ def _latency_fd() -> int:
         return -1
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a supervisor gives a worker; the descriptors stay its own."""
+
+    options: Options
+    fuse_fd: int
+    region_fd: int
+    says_fd: int
+    """Gets lines: ``note: ...`` for each protection that could not be had, ``serving`` when pages
+    are served, ``ready`` when the names are there, too; ``error: ...``."""
+    restarts: int
+    """Workers that were there before."""
+    names: bool = True
+    """False: serve pages only, and answer all else with EIO."""
+
+    def say(self, line: str) -> None:
+        """Tell the supervisor."""
+        write_line(self.says_fd, line)
+
+
 def _control_plane(
-    store: Store, options: Options, switch: FuseSwitch, fds: tuple[int, int], ready: FileIO
+    store: Store, job: Job, switch: FuseSwitch, fds: tuple[int, int], take_stats: TakeStats
 ) -> None:
     """Run pyfuse3 and the policy task until the switch says that the kernel has unmounted.
 
-    ``fds``: pyfuse3's end of the socket, and the switch's eventfd. ``ready`` is told when the
-    file is usable, and closed.
+    ``fds``: pyfuse3's end of the socket (-1: there shall be no pyfuse3), and the switch's eventfd.
     """
     import pyfuse3  # noqa: PLC0415 the lanes serve already while these load
     import trio  # noqa: PLC0415
@@ -117,12 +176,11 @@ def _control_plane(
         gc.collect()
         gc.freeze()
         gc.disable()
-        ready.write(b"ready\n")
-        ready.close()
+        job.say("ready")
 
     async def compact() -> None:
         try:
-            await compaction_task(store, options)
+            await compaction_task(store, job.options)
         except Exception:
             # A policy is no reason to lose the mount's names and statistics.
             log.exception("compaction has ended; '.compact' still works")
@@ -130,13 +188,18 @@ def _control_plane(
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(announce)
-            nursery.start_soon(pyfuse3.main)
             nursery.start_soon(compact)
+            if socket_fd >= 0:
+                nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(end_fd)
-            pyfuse3.terminate()
+            if socket_fd >= 0:
+                pyfuse3.terminate()
             nursery.cancel_scope.cancel()
 
-    filesystem = Filesystem(store, partial(take_stats, store))
+    if socket_fd < 0:
+        trio.run(main)
+        return
+    filesystem = Filesystem(store, take_stats, job.restarts)
     pyfuse3.init(filesystem, f"/dev/fd/{socket_fd}", set())
     try:
         trio.run(main)
@@ -144,42 +207,66 @@ def _control_plane(
         pyfuse3.close(unmount=False)
 
 
-def run(options: Options, fuse_fd: int, region_fd: int, ready_fd: int) -> int:
-    """Serve one mount until it is unmounted; return the process's exit code.
+def _start_log() -> None:
+    handler = _KernelLog()
+    handler.setFormatter(logging.Formatter("zswapfs: %(message)s"))
+    logging.basicConfig(handlers=[handler])
 
-    ``ready_fd`` gets a line when the file is usable, and before it one for each protection that
-    could not be had. Raises whatever keeps the file from becoming usable.
-    """
-    log_handler = _KernelLog()
-    log_handler.setFormatter(logging.Formatter("zswapfs: %(message)s"))
-    logging.basicConfig(handlers=[log_handler])
-    ready = FileIO(ready_fd, "w")
-    missing = protect_memory()
-    if missing:
-        ready.write(f"note: {'; '.join(missing)}\n".encode())
-    ours, theirs = _pair()
-    end_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    store = Store(options.nr_pages, options.mem_limit, reserve=options.reserve, fd=region_fd)
-    switch = FuseSwitch(
+
+def _start_switch(store: Store, job: Job, fds: tuple[int, int, int, int]) -> FuseSwitch:
+    fuse_fd, socket_fd, end_fd, latency_fd = fds
+    return FuseSwitch(
         store,
         SwitchOptions(
             fuse_fd=fuse_fd,
-            socket_fd=ours.fileno(),
+            socket_fd=socket_fd,
             end_fd=end_fd,
-            latency_fd=_latency_fd() if options.awake else -1,
-            nr_lanes=options.lanes,
-            spin_us=options.spin_us,
+            latency_fd=latency_fd,
+            nr_lanes=job.options.lanes,
+            spin_us=job.options.spin_us,
             max_request_bytes=MAX_REQUEST_BYTES,
             swap_inode=SWAP_INODE,
         ),
     )
+
+
+def run(job: Job) -> int:
+    """Serve one mount until it is unmounted; return 0 then.
+
+    Returns FAILED or FAILED_AGAIN when the control plane has failed: what it has not answered can
+    be answered by the next worker only. Raises whatever keeps pages from being served.
+    """
+    _start_log()
+    missing = protect_memory()
+    if missing:
+        job.say(f"note: {'; '.join(missing)}")
+    fuse_fd = job.fuse_fd if has_resend() else clone_fuse(job.fuse_fd)
+    ours, theirs = _pair()
+    end_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    latency_fd = _latency_fd() if job.options.awake else -1
+    memory = OwnMemory()
+    keep_out_others()
+    give_up_capabilities()
+
+    if not job.names:
+        theirs.close()
+    store = Store.adopt(job.region_fd)
+    switch = _start_switch(store, job, (fuse_fd, ours.fileno(), end_fd, latency_fd))
+    job.say("serving")
+    began = time.monotonic()
+    socket_fd = theirs.detach() if job.names else -1
+
+    def take_stats() -> Stats:
+        return store.stats(daemon_rss=memory.total(), restarts=job.restarts)
+
     try:
-        _control_plane(store, options, switch, (theirs.detach(), end_fd), ready)
+        _control_plane(store, job, switch, (socket_fd, end_fd), take_stats)
     except Exception:
-        if not ready.closed:
+        if not switch.ready and not job.restarts:
             raise
-        # Pages must go on: whoever has some in swap would die with the lanes.
-        log.exception("the control plane ended; pages are served until the unmount")
+        log.exception("the control plane ended")
+        again = job.restarts > 0 and time.monotonic() - began < SETTLED_SECONDS
+        return FAILED_AGAIN if again else FAILED
     switch.join()
     store.close()
     return 0

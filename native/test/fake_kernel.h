@@ -74,6 +74,21 @@ static inline void pair_of_sockets(int fds[2])
 		setsockopt(fds[i], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes));
 }
 
+/* Both pairs and the eventfd, for w->options. */
+static inline void pair_of_devices(struct world *w)
+{
+	int fds[2];
+
+	pair_of_sockets(fds);
+	w->kernel = fds[0];
+	w->options.fuse_fd = fds[1];
+	fcntl(fds[1], F_SETFL, O_RDWR | O_NONBLOCK);
+	pair_of_sockets(fds);
+	w->python = fds[0];
+	w->options.socket_fd = fds[1];
+	w->options.end_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+}
+
 static inline void open_world(struct world *w, uint32_t nr_lanes, uint64_t mem_limit)
 {
 	struct store_options options = {.nr_pages = NR_PAGES,
@@ -81,7 +96,6 @@ static inline void open_world(struct world *w, uint32_t nr_lanes, uint64_t mem_l
 					.reserve_bytes = 1 << 20,
 					.chunk_bytes = STORE_MAX_CHUNK_BYTES};
 	uint32_t flags;
-	int fds[2];
 
 	*w = (struct world){.unique = 100};
 	w->region_fd = region_memory(&flags);
@@ -92,14 +106,7 @@ static inline void open_world(struct world *w, uint32_t nr_lanes, uint64_t mem_l
 					     .spin_us = 50,
 					     .max_request_bytes = REQUEST_BYTES,
 					     .swap_inode = SWAP};
-	pair_of_sockets(fds);
-	w->kernel = fds[0];
-	w->options.fuse_fd = fds[1];
-	fcntl(fds[1], F_SETFL, O_RDWR | O_NONBLOCK);
-	pair_of_sockets(fds);
-	w->python = fds[0];
-	w->options.socket_fd = fds[1];
-	w->options.end_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	pair_of_devices(w);
 }
 
 static inline void close_world(struct world *w)
@@ -171,6 +178,16 @@ static inline void add(const void *bytes, size_t nr)
 	memcpy(sent.raw + sent.bytes, bytes, nr);
 	sent.bytes += nr;
 	sent.in.len = (uint32_t)sent.bytes;
+}
+
+/* A reply of pyfuse3 into 'sent'. */
+static inline void reply_of(uint64_t unique, int error, const void *bytes, size_t nr)
+{
+	sent.bytes = sizeof(sent.out) + nr;
+	sent.out = (struct fuse_out_header){
+		.len = (uint32_t)sent.bytes, .error = error, .unique = unique};
+	if (nr)
+		memcpy(sent.raw + sizeof(sent.out), bytes, nr);
 }
 
 static inline void post(const struct world *w)

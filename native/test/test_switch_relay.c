@@ -38,15 +38,6 @@ static void test_other_requests_reach_pyfuse3_as_they_are(void **state)
 	stop(&w);
 }
 
-static void reply_of(uint64_t unique, int error, const void *bytes, size_t nr)
-{
-	sent.bytes = sizeof(sent.out) + nr;
-	sent.out = (struct fuse_out_header){
-		.len = (uint32_t)sent.bytes, .error = error, .unique = unique};
-	if (nr)
-		memcpy(sent.raw + sizeof(sent.out), bytes, nr);
-}
-
 static void test_replies_of_pyfuse3_reach_the_kernel_as_they_are(void **state)
 {
 	struct world w;
@@ -228,7 +219,7 @@ static void test_init_makes_the_switch_ready(void **state)
 		usleep(1000);
 	assert_true(switch_ready(w.sw));
 	/* What a later worker will need. */
-	assert_int_equal(w.sw->init_bytes, sizeof(struct fuse_in_header) + 64);
+	assert_int_equal(w.sw->journal->init_bytes, sizeof(struct fuse_in_header) + 64);
 	/* A second one is not this kernel's; a reply with its unique is no INIT's any more. */
 	make_init(&w);
 	assert_int_equal(ask(&w), -EINVAL);

@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Tests of the switch: what a second worker finds of the first, and how one sees that lanes hang.
+ */
+#define _GNU_SOURCE
+#include "fake_kernel.h"
+
+#define RESEND 7
+
+static struct fuse_init_in init = {.major = 7, .minor = 45, .flags = 0xff};
+
+static void answer_init(struct world *w, int error)
+{
+	struct fuse_init_out out = {.major = 7, .minor = 31, .flags = 0xff};
+
+	receive(w->python);
+	assert_int_equal(got.in.opcode, FUSE_INIT);
+	assert_memory_equal(got.raw + sizeof(got.in), &init, sizeof(init));
+	reply_of(got.in.unique, error, &out, error ? 0 : sizeof(out));
+	send(w->python, sent.raw, sent.bytes, 0);
+}
+
+/* A worker that served INIT and has ended, its region left behind. */
+static void serve_and_end(struct world *w)
+{
+	start(w);
+	make(w, FUSE_INIT, 0, &init, sizeof(init));
+	post(w);
+	answer_init(w, 0);
+	receive(w->kernel);
+	fill(pattern, 0, PAGE_BYTES, 3);
+	assert_int_equal(write_at(w, 0, PAGE_BYTES, pattern), PAGE_BYTES);
+	shutdown(w->kernel, SHUT_WR);
+	assert_int_equal(switch_join(w->sw), 0);
+	store_destroy(w->store);
+	close(w->kernel);
+	close(w->python);
+	close(w->options.fuse_fd);
+	close(w->options.socket_fd);
+	close(w->options.end_fd);
+}
+
+static void take_over(struct world *w)
+{
+	pair_of_devices(w);
+	assert_int_equal(store_adopt(&w->store, w->region_fd), 0);
+	assert_int_equal(switch_start(&w->sw, w->store, &w->options), 0);
+}
+
+static void test_next_worker_resumes(void **state)
+{
+	struct world w;
+
+	(void)state;
+	serve_and_end(&w);
+	take_over(&w);
+	/* Before any request is read, the kernel is asked for those that were under way. */
+	receive(w.kernel);
+	assert_int_equal(got.bytes, sizeof(got.out));
+	assert_int_equal(got.out.error, RESEND);
+	assert_int_equal(got.out.unique, 0);
+	/* Pages are served while pyfuse3 has yet to say that it is there. */
+	assert_int_equal(read_at(&w, 0, PAGE_BYTES), PAGE_BYTES);
+	fill(pattern, 0, PAGE_BYTES, 3);
+	assert_memory_equal(content(), pattern, PAGE_BYTES);
+	assert_false(switch_ready(w.sw));
+	answer_init(&w, 0);
+	for (int i = 0; !switch_ready(w.sw) && i < 1000; i++)
+		usleep(1000);
+	assert_true(switch_ready(w.sw));
+	/* The kernel had its answer long ago, and gets no second one. */
+	assert_false(readable(w.kernel, 20));
+	make(&w, FUSE_INIT, 0, &init, sizeof(init));
+	assert_int_equal(ask(&w), -EINVAL);
+	stop(&w);
+}
+
+/* A damaged INIT could make pyfuse3 do anything: it gets none. */
+static void test_damaged_init_is_not_replayed(void **state)
+{
+	static const size_t places[] = {
+		offsetof(struct journal, init_sum), offsetof(struct journal, init_bytes),
+		offsetof(struct journal, init_bytes) + 3, offsetof(struct journal, init) + 40};
+	struct world w;
+
+	(void)state;
+	for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
+		off_t at = (off_t)(offsetof(struct region_header, journal) + places[i]);
+		uint8_t byte;
+
+		serve_and_end(&w);
+		assert_int_equal(pread(w.region_fd, &byte, 1, at), 1);
+		byte ^= 0x10;
+		assert_int_equal(pwrite(w.region_fd, &byte, 1, at), 1);
+		take_over(&w);
+		receive(w.kernel);
+		assert_int_equal(got.out.error, RESEND);
+		assert_int_equal(read_at(&w, 0, PAGE_BYTES), PAGE_BYTES);
+		make(&w, FUSE_STATFS, OTHER, NULL, 0);
+		assert_int_equal(ask(&w), -EIO);
+		assert_false(readable(w.python, 0));
+		assert_true(switch_ready(w.sw));
+		stop(&w);
+	}
+}
+
+static uint32_t nr_busy(const struct world *w, uint64_t *sum)
+{
+	uint64_t steps[SWITCH_MAX_LANES];
+	uint32_t nr = 0;
+
+	*sum = 0;
+	assert_int_equal(region_steps(w->region_fd, steps), 0);
+	for (int i = 0; i < SWITCH_MAX_LANES; i++) {
+		nr += steps[i] & 1;
+		*sum += steps[i];
+	}
+	return nr;
+}
+
+static void test_lanes_show_what_they_do(void **state)
+{
+	uint64_t before, after;
+	struct world w;
+
+	(void)state;
+	start_with(&w, 2, 0);
+	assert_int_equal(nr_busy(&w, &before), 0);
+	/* A page's write does not end: nothing can be allocated. */
+	arena_lock(&w.store->arena);
+	fill(pattern, 0, PAGE_BYTES, 5);
+	make_write(&w, 0, PAGE_BYTES, pattern);
+	post(&w);
+	for (int i = 0; !nr_busy(&w, &after) && i < 1000; i++)
+		usleep(1000);
+	assert_int_equal(nr_busy(&w, &after), 1);
+	assert_true(after != before);
+	before = after;
+	usleep(20000);
+	assert_int_equal(nr_busy(&w, &after), 1);
+	assert_true(after == before);
+	arena_unlock(&w.store->arena);
+	assert_int_equal(answer(&w), 0);
+	for (int i = 0; nr_busy(&w, &after) && i < 1000; i++)
+		usleep(1000);
+	assert_int_equal(nr_busy(&w, &after), 0);
+	assert_true(after != before);
+	stop(&w);
+}
+
+/* Whatever a dead worker's lane was at. */
+static void test_new_lanes_begin_idle(void **state)
+{
+	off_t at = (off_t)(offsetof(struct region_header, journal) +
+			   offsetof(struct journal, lanes));
+	uint64_t odd = 77;
+	uint64_t sum;
+	struct world w;
+
+	(void)state;
+	serve_and_end(&w);
+	assert_int_equal(pwrite(w.region_fd, &odd, sizeof(odd), at), sizeof(odd));
+	take_over(&w);
+	for (int i = 0; nr_busy(&w, &sum) && i < 1000; i++)
+		usleep(1000);
+	assert_int_equal(nr_busy(&w, &sum), 0);
+	stop(&w);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_next_worker_resumes),
+		cmocka_unit_test(test_damaged_init_is_not_replayed),
+		cmocka_unit_test(test_lanes_show_what_they_do),
+		cmocka_unit_test(test_new_lanes_begin_idle),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
