@@ -20,7 +20,7 @@ def test_wrong_usage_exits_2() -> None:
 def test_help_and_version_exit_0() -> None:
     """Each command explains itself."""
     assert "0." in zswapfs("--version").stdout
-    for command in ("up", "down", "mount", "stats", "compact"):
+    for command in ("up", "down", "mount", "stats", "compact", "check"):
         assert f"zswapfs {command}" in zswapfs(command, "--help").stdout
 
 
@@ -35,7 +35,7 @@ def test_stats_of_what_is_not_mounted() -> None:
 def test_only_root_may() -> None:
     """Said before anything is tried."""
     code = "import os; from zswapfs import cli; os.setuid(65534); cli.main()"
-    for words in (["up"], ["down"], ["mount", "/mnt"], ["compact"]):
+    for words in (["up"], ["down"], ["mount", "/mnt"], ["compact"], ["check"]):
         done = run(sys.executable, "-P", "-c", code, *words)
         assert done.returncode == 1
         assert done.stderr == "zswapfs: only root may do this\n"

@@ -9,12 +9,14 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import click
 
 from . import supervisor, swap
+from .check import MISSING, check_daemon
 from .config import DEFAULT_MOUNTPOINT, Options, parse_count, parse_options
 from .errors import ConfigError, SetupError, ZswapfsError
 
@@ -323,6 +325,24 @@ def compact(mountpoint: Path) -> None:
         f"now {after['mem_used_bytes'] / (1 << 20):.1f} MiB for "
         f"{after['compr_bytes'] / (1 << 20):.1f} MiB of compressed content"
     )
+
+
+@cli.command("check")
+@_MOUNTPOINT
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+def check_command(mountpoint: Path, *, as_json: bool) -> None:
+    """Tell which protections are in force, and which settings hurt.
+
+    Exits 1 when a protection is missing.
+    """
+    _need_root()
+    findings = check_daemon(_absolute(mountpoint))
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.state:8}{finding.name:18}{finding.text}")
+    sys.exit(any(finding.state == MISSING for finding in findings))
 
 
 def _guarded(words: list[str]) -> None:
