@@ -79,7 +79,7 @@ def zswapfs(*words: object) -> "subprocess.CompletedProcess[str]":
     return run(ZSWAPFS, *words)
 
 
-def mount_strange(mountpoint: Path, what: str) -> "subprocess.CompletedProcess[str]":
+def mount_strange(mountpoint: Path, what: str, *words: str) -> "subprocess.CompletedProcess[str]":
     """Mount 64 MiB with a daemon that has a fault: the name of a function of strange.py."""
     (mountpoint.parent / "sitecustomize.py").write_text(
         "import sys\n"
@@ -89,20 +89,36 @@ def mount_strange(mountpoint: Path, what: str) -> "subprocess.CompletedProcess[s
         f"    strange.{what}()\n"
     )
     environment = (f"PYTHONPATH={mountpoint.parent}", f"STRANGE={mountpoint.parent}")
-    return run("env", *environment, ZSWAPFS, "mount", mountpoint, "-o", "size=64M")
+    return run("env", *environment, ZSWAPFS, "mount", *words, mountpoint, "-o", "size=64M")
+
+
+def mounts() -> list[tuple[bytes, bytes]]:
+    """Return path and type of each mount."""
+    found = []
+    for line in Path("/proc/self/mounts").read_bytes().splitlines():
+        words = line.split(b" ")
+        path = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), words[1])
+        found.append((path, words[2]))
+    return found
+
+
+def loops_below(folder: bytes) -> list[str]:
+    """Return the loop devices on files in a folder and below, whether those still exist or not."""
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if entry.read_bytes().startswith(folder + b"/"):
+                found.append(f"/dev/{entry.parts[3]}")
+    return found
 
 
 def take_down(mountpoint: Path) -> None:
     """Undo whatever there is at a mountpoint, by force where it must be."""
-    swap_file = f"{mountpoint}/swap"
-    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            if entry.read_text().startswith(swap_file):
-                device = f"/dev/{entry.parts[3]}"
-                run("swapoff", device)
-                run("umount", device)
-                run("losetup", "-d", device)
-    if str(mountpoint) in Path("/proc/self/mounts").read_text(errors="surrogateescape"):
+    for device in loops_below(os.fsencode(mountpoint)):
+        run("swapoff", device)
+        run("umount", device)
+        run("losetup", "-d", device)
+    if any(kind == b"fuse.zswapfs" and path == os.fsencode(mountpoint) for path, kind in mounts()):
         for _ in range(20):
             if run("umount", mountpoint).returncode == 0:
                 return
@@ -116,16 +132,34 @@ def _is_leftover(path: str) -> bool:
     return run_of is not None and not Path("/proc", run_of[1]).exists()
 
 
+def _refuse_dead_swap() -> None:
+    """Other swap whose daemon is dead would take pages of these tests, and keep them."""
+    for line in Path("/proc/swaps").read_text(errors="surrogateescape").splitlines()[1:]:
+        name = Path(line.split()[0]).name
+        backing = Path("/sys/block") / name / "loop/backing_file"
+        if backing.exists():
+            file = os.fsdecode(backing.read_bytes()).strip()
+            try:
+                Path(file).stat()
+            except OSError as error:
+                pytest.exit(f"dead swap is on: {name}, on {file} ({error.strerror})", returncode=1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_slate() -> None:
     """Take down what a killed run left."""
     root = cgroup_root()
     if missing() is not None or root is None:
         return
-    for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
-        mountpoint, kind = line.split()[1:3]
-        if kind == "fuse.zswapfs" and _is_leftover(mountpoint):
-            take_down(Path(mountpoint))
+    for mountpoint, kind in mounts():
+        if kind == b"fuse.zswapfs" and _is_leftover(os.fsdecode(mountpoint)):
+            take_down(Path(os.fsdecode(mountpoint)))
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):  # whose mounts are gone
+        with contextlib.suppress(OSError):
+            path = entry.read_bytes()
+            if _is_leftover(os.fsdecode(path)):
+                take_down(Path(os.fsdecode(path.rpartition(b"/")[0])))
+    _refuse_dead_swap()
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _is_leftover(str(folder)):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Up and down: in the right order, back where they came from, mended when killed."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT, ZSWAPFS, Mounted, Swapped, run, take_down, zswapfs
+from conftest import (
+    TIMEOUT,
+    ZSWAPFS,
+    Mounted,
+    Swapped,
+    loops_below,
+    mount_strange,
+    run,
+    take_down,
+    zswapfs,
+)
+
+from zswapfs import swap
+from zswapfs.config import run_file
 
 pytestmark = pytest.mark.swapped
 
@@ -18,8 +32,7 @@ LOAD = Path(__file__).with_name("load.py")
 
 def _nothing_is_left(place: Path) -> None:
     assert not place.is_mount()
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        assert not backing.read_text().startswith(str(place))
+    assert loops_below(os.fsencode(place)) == []
 
 
 def test_up_and_down(place: Path) -> None:
@@ -78,9 +91,9 @@ def _swapped_out(swap: Swapped, corpus_file: Path) -> "subprocess.Popen[str]":
     load = swap.load(64, sys.executable, LOAD, corpus_file, 160, 5, 6)
     for _ in range(200):
         if swap.stats()["PagesStored"] > 20_000:
-            break
+            return load
         time.sleep(0.05)
-    return load
+    raise AssertionError("20 000 pages are not in swap")
 
 
 def _limit(group: Path, mib: int) -> None:
@@ -94,6 +107,7 @@ def test_down_brings_pages_back(swapped_on: Callable[..., Swapped], corpus_file:
     swap = swapped_on("--size", "512M")
     load = _swapped_out(swap, corpus_file)
     _limit(swap.groups[0], 512)
+    assert load.poll() is None
     done = zswapfs("down", swap.path)
     assert done.returncode == 0, done.stderr
     _nothing_is_left(swap.path)
@@ -227,17 +241,142 @@ def test_an_up_that_is_interrupted_takes_everything_down(place: Path, number: in
     _nothing_is_left(place)
 
 
-def test_a_mountpoint_with_a_strange_name(place: Path) -> None:
-    """Blanks, backslashes and letters beyond ASCII, which /proc escapes or does not."""
-    strange = place.with_name("mnt \\040 é")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mnt \\040 é", "tab\tand\nline", "no\u00a0break", "wide\u3000blank", "line\u2028end"),
+        *("form\x0cfeed\x0b\x85", os.fsdecode(b"not \xff text")),
+    ],
+)
+def test_a_mountpoint_with_a_strange_name(place: Path, name: str) -> None:
+    """Blanks of all kinds, backslashes, and bytes that are no text; /proc escapes some of them."""
+    strange = place.with_name(name)
     strange.mkdir()
     try:
         assert zswapfs("up", strange, "--size", "64M").returncode == 0
-        assert zswapfs("up", strange, "--size", "64M").returncode == 1
+        again = zswapfs("up", strange, "--size", "64M")
+        assert again.returncode == 1
+        assert "already up" in again.stderr
+        assert zswapfs("stats", strange).returncode == 0
+        assert zswapfs("restart", strange).returncode == 0
         assert zswapfs("down", strange).returncode == 0
         _nothing_is_left(strange)
     finally:
         take_down(strange)
+
+
+def test_another_command_is_waited_for(place: Path) -> None:
+    """At the same mountpoint; other mountpoints are nobody's business."""
+    fd = os.open(run_file(place, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    up = subprocess.Popen([ZSWAPFS, "up", place, "--size", "64M"], stderr=subprocess.PIPE)
+    assert up.stderr is not None
+    assert up.stderr.readline() == f"zswapfs: {place}: waiting for another command\n".encode()
+    other = place.with_name("other")
+    other.mkdir()
+    assert zswapfs("up", other, "--size", "64M").returncode == 0
+    assert zswapfs("down", other).returncode == 0
+    assert not place.is_mount()
+    os.close(fd)
+    assert up.wait(TIMEOUT) == 0
+    up.stderr.close()
+    assert zswapfs("down", place).returncode == 0
+
+
+def test_tools_of_a_killed_up_hold_its_lock(place: Path) -> None:
+    """What swapon does is not over when 'up' is killed: the next command waits for it."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / "swapon").write_text("#!/bin/sh\nkill -9 $PPID\nsleep 2\n")
+    (folder / "swapon").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    words = [ZSWAPFS, "up", place, "--size", "64M"]
+    assert subprocess.run(words, env=env, check=False).returncode == -9
+    down = zswapfs("down", place)
+    assert down.returncode == 0, down.stderr
+    assert "waiting for another command" in down.stderr
+    _nothing_is_left(place)
+
+
+def test_loops_on_other_files_are_left_alone(place: Path) -> None:
+    """A file called swap in a directory that is no zswapfs."""
+    file = place / "swap"
+    file.write_bytes(bytes(1 << 20))
+    device = run("losetup", "-f", "--show", file).stdout.strip()
+    try:
+        for words in (("down", place), ("up", place)):
+            done = zswapfs(*words)
+            assert done.returncode == 1
+            assert done.stderr.count("\n") == 1
+        assert loops_below(os.fsencode(place)) == [device]
+    finally:
+        run("losetup", "-d", device)
+        file.unlink()
+
+
+def test_detaching_twice(place: Path) -> None:
+    """What is gone, or another's by now, is detached."""
+    file, other = place / "swap", place / "other"
+    for each in (file, other):
+        each.write_bytes(bytes(1 << 20))
+    device = run("losetup", "-f", "--show", file).stdout.strip()
+    swap.detach(device, other)
+    assert loops_below(os.fsencode(place)) == [device]
+    swap.detach(device, file)
+    swap.detach(device, file)
+    assert loops_below(os.fsencode(place)) == []
+    for each in (file, other):
+        each.unlink()
+
+
+def test_what_a_dead_daemon_left_is_taken_down(swapped_on: Callable[..., Swapped]) -> None:
+    """Supervisor and worker are killed; no page was in swap."""
+    swapped = swapped_on("--size", "64M")
+    for process in swapped.daemon():
+        os.kill(process, signal.SIGKILL)
+    done = zswapfs("down", swapped.path)
+    assert done.returncode == 0, done.stderr
+    _nothing_is_left(swapped.path)
+
+
+def test_up_with_nowhere_to_say_so(place: Path) -> None:
+    """It is up; that it cannot be said changes nothing."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [ZSWAPFS, "up", place, "--size", "64M"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert zswapfs("down", place).returncode == 0
+
+
+def test_a_foreground_mount_that_fails(place: Path) -> None:
+    """One line, exit code 1, nothing left."""
+    done = mount_strange(place, "failing_start", "-f")
+    assert done.returncode == 1
+    assert done.stderr == f"zswapfs: {place}: [Errno 12] nothing for 0\n"
+    _nothing_is_left(place)
+
+
+def test_the_first_error_is_the_error(place: Path) -> None:
+    """Where undoing fails, too, that is said beside it."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / "mkswap").write_text("#!/bin/sh\necho first >&2\nexit 1\n")
+    (folder / "losetup").write_text(
+        '#!/bin/sh\n[ "$1" = -d ] && echo second >&2 && exit 1\nexec /sbin/losetup "$@"\n'
+    )
+    for tool in folder.iterdir():
+        tool.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    words = [ZSWAPFS, "up", place, "--size", "64M"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "zswapfs: second\nzswapfs: first\n"
+    assert zswapfs("down", place).returncode == 0
+    _nothing_is_left(place)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

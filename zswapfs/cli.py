@@ -1,5 +1,6 @@
 """The commands. One line of complaint and exit code 1; wrong usage exits 2."""
 
+import errno
 import json
 import os
 import select
@@ -22,6 +23,7 @@ from .errors import ConfigError, SetupError, ZswapfsError
 
 READY_TIMEOUT = 30
 """Seconds that a mount may take to become usable."""
+UNMOUNT_SECONDS = 2
 MAX_PRIORITY = 32767
 PROGRESS_SECONDS = 0.2
 
@@ -108,10 +110,17 @@ def _mount(mountpoint: Path, options: Options, source: str) -> list[str]:
 
 
 def _unmount(mountpoint: Path) -> None:
-    try:
-        supervisor.unmount(mountpoint)
-    except OSError as error:
-        raise SetupError(f"{mountpoint}: {error.strerror}") from None
+    """Unmount; whoever looks at the mount for a moment does not matter."""
+    end = time.monotonic() + UNMOUNT_SECONDS
+    while True:
+        try:
+            supervisor.unmount(mountpoint)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise SetupError(f"{mountpoint}: {error.strerror}") from None
+        else:
+            return
+        time.sleep(0.05)
 
 
 def _read_json(mountpoint: Path) -> str:
@@ -141,16 +150,15 @@ def mount_command(
     _need_root()
     options = parse_options(list(words))
     target = _absolute(mountpoint)
-    if not foreground:
-        _print_notes(_mount(target, options, source))
-        return
-    _check_mountpoint(target)
-    signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)
-    fuse_fd = supervisor.mount_fuse(target, source)
-    says = os.dup(sys.stderr.fileno())
-    for fd in (fuse_fd, says):
-        os.set_inheritable(fd, True)  # noqa: FBT003
-    os.execv(sys.executable, supervisor.Mount(target, options, fuse_fd).command(says))  # noqa: S606
+    with swap.exclusively(target):
+        if not foreground:
+            _print_notes(_mount(target, options, source))
+            return
+        _check_mountpoint(target)
+        signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)
+        fuse_fd = supervisor.mount_fuse(target, source)
+    os.set_inheritable(fuse_fd, True)  # noqa: FBT003
+    os.execv(sys.executable, supervisor.Mount(target, options, fuse_fd).command(-1))  # noqa: S606
 
 
 def _print_notes(notes: list[str]) -> None:
@@ -158,13 +166,25 @@ def _print_notes(notes: list[str]) -> None:
         click.echo(f"zswapfs: {note}", err=True)
 
 
+def _say(text: str) -> None:
+    """Say what has been done; it is done, whether that can be written or not."""
+    try:
+        click.echo(f"zswapfs: {text}")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail on it at the end
+
+
 def _take_down(mountpoint: Path, state: swap.State) -> None:
     """Undo all of it, in the right order. Raises SetupError with what is left as it was."""
     swap.swap_off(mountpoint, state.swaps)
-    for device in state.loops:
-        swap.detach(device)
-    if state.source is not None:
-        _unmount(mountpoint)
+    try:
+        for device in state.loops:
+            swap.detach(device, mountpoint / "swap")
+        if state.source is not None:
+            _unmount(mountpoint)
+    except SetupError as error:
+        off = "; swap is off" if state.swaps else ""
+        raise SetupError(f"{error}{off}") from None
 
 
 def _ignore_signals() -> None:
@@ -184,11 +204,14 @@ def _set_up(mountpoint: Path, options: Options, priority: int) -> tuple[str, lis
         _ignore_signals()  # it is up, and 'up' will say so
     except BaseException:  # interrupted, too: at any moment, so look at what there is
         _ignore_signals()
-        state = swap.state_of(mountpoint)
-        if state.source == swap.SOURCE_UP:
-            _take_down(mountpoint, state)
-        if is_new:
-            mountpoint.rmdir()
+        try:
+            state = swap.state_of(mountpoint)
+            if state.source == swap.SOURCE_UP:
+                _take_down(mountpoint, state)
+            if is_new:
+                mountpoint.rmdir()
+        except (ZswapfsError, OSError) as left:
+            click.echo(f"zswapfs: {left}", err=True)  # what happened first is the error
         raise
     return device, notes
 
@@ -213,18 +236,18 @@ def up(
     options = parse_options([*words, *more])
     rank = parse_count(priority, "priority", 0, MAX_PRIORITY)
     target = _absolute(mountpoint)
-    with swap.exclusively():
+    with swap.exclusively(target):
         state = swap.state_of(target)
-        if state.swaps:
+        if state.source is not None and state.swaps:
             raise ConfigError(f"{target}: already up, on {state.swaps[0].device}")
-        if state.source == swap.SOURCE_UP or (state.source is None and state.loops):
+        if state.source == swap.SOURCE_UP:
             _take_down(target, state)
         device, notes = _set_up(target, options, rank)
     _print_notes(notes)
     limit = (
         "" if options.mem_limit is None else f", at most {options.mem_limit >> 20} MiB of memory"
     )
-    click.echo(f"zswapfs: {options.size >> 20} MiB of swap on {device}, priority {rank}{limit}")
+    _say(f"{options.size >> 20} MiB of swap on {device}, priority {rank}{limit}")
 
 
 @cli.command()
@@ -233,15 +256,15 @@ def down(mountpoint: Path) -> None:
     """Turn swap off and unmount; or say why not, and leave all as it is."""
     _need_root()
     target = _absolute(mountpoint)
-    with swap.exclusively():
+    with swap.exclusively(target):
         state = swap.state_of(target)
-        if not state.swaps and not state.loops and state.source != swap.SOURCE_UP:
+        if state.source is None or not (state.loops or state.source == swap.SOURCE_UP):
             raise ConfigError(f"{target}: not up")
         _take_down(target, state)
         if target == DEFAULT_MOUNTPOINT:
             with suppress(OSError):
                 target.rmdir()
-    click.echo(f"zswapfs: {target} is down")
+    _say(f"{target} is down")
 
 
 @cli.command()
@@ -264,7 +287,7 @@ def restart(mountpoint: Path) -> None:
             _wait_ready(answer.fileno(), target)
     finally:
         fifo.unlink()
-    click.echo(f"zswapfs: {target} goes on with version {metadata.version('zswapfs')}")
+    _say(f"{target} goes on with version {metadata.version('zswapfs')}")
 
 
 @cli.command()
@@ -348,6 +371,7 @@ def check_command(mountpoint: Path, *, as_json: bool) -> None:
 def _guarded(words: list[str]) -> None:
     # Whoever is told to end takes down what it has begun to set up.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         cli(words, prog_name="zswapfs")
     except (ZswapfsError, OSError) as error:

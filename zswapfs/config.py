@@ -3,6 +3,7 @@
 Sizes are binary: ``8G`` is 8 x 2^30 bytes; ``50%`` is half of the machine's memory.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -29,6 +30,13 @@ IGNORED_MOUNT_OPTIONS = frozenset(
     "noexec async sync _netdev relatime noatime nodiratime norelatime strictatime".split()
 )
 """Words of fstab that mean nothing here, or what is so anyway."""
+
+
+def run_file(mountpoint: Path, kind: str) -> Path:
+    """Return the path of a file about one mount that goes with the next boot; root's alone."""
+    folder = Path("/run/zswapfs.d")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.{kind}"
 
 
 def ram_bytes() -> int:

@@ -11,21 +11,19 @@ holds is in native/README.md, under Recovery.
 import ctypes
 import errno
 import gc
-import hashlib
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 from . import worker
-from .config import Options, parse_options
+from .config import Options, parse_options, run_file
 from .errors import SetupError, ZswapfsError
 from .heartbeat import PATIENCE, Heartbeat
 from .privileges import keep_out_others
@@ -113,8 +111,7 @@ def find(mountpoint: Path) -> int | None:
 
 def restart_fifo(mountpoint: Path) -> Path:
     """Return where a supervisor that is told to restart (SIGHUP) says what became of it."""
-    name = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
-    return Path(f"/run/zswapfs-restart-{name}")
+    return run_file(mountpoint, "restart")
 
 
 def complain(text: str) -> None:
@@ -276,19 +273,21 @@ class Supervisor:
         """Pass on what a worker says; return False once it will say no more."""
         lines = process.lines()
         for line in lines or []:
-            if self._ready_fd >= 0 and line != "serving":
-                self._answer(line)
-            elif line.startswith("error: "):
-                self._complain(line.removeprefix("error: "))
+            self._hear(line)
         return lines is not None
 
-    def _answer(self, line: str) -> None:
-        """Say a line to whoever has started us, or a restart; ``ready`` is the last one."""
-        worker.write_line(self._ready_fd, line)
-        if line == "ready":
+    def _hear(self, line: str) -> None:
+        """Pass it on to whoever has started us, or a restart; later, or else, to the log."""
+        kind, _, text = line.partition(": ")
+        if self._ready_fd >= 0 and kind != "serving":
+            worker.write_line(self._ready_fd, line)
+        elif kind == "error" or (kind == "note" and not self._usable):
+            self._complain(text)
+        if kind == "ready":
             self._usable = True
-            os.close(self._ready_fd)
-            self._ready_fd = -1
+            if self._ready_fd >= 0:
+                os.close(self._ready_fd)
+                self._ready_fd = -1
 
     def _obey(self, numbers: bytes, process: _Worker) -> None:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
@@ -353,14 +352,34 @@ class Supervisor:
             return str(error)
 
 
-def _new_region(options: Options, say: Callable[[str], None]) -> int:
-    fd, noswap = region_memory()
-    if not noswap:
-        say("note: no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover")
-    if not worker.has_resend():
-        say("note: no FUSE_NOTIFY_RESEND (Linux 6.9): if the worker dies, what it was at fails")
-    format_region(fd, options.nr_pages, options.mem_limit, reserve=options.reserve)
+def _new_region(mount: Mount, ready_fd: int) -> int:
+    """Return the region, laid out. Whoever cannot have it is told, and loses the mount."""
+    try:
+        fd, noswap = region_memory()
+        missing = []
+        if not noswap:
+            missing.append(
+                "no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover"
+            )
+        if not worker.has_resend():
+            missing.append(
+                "no FUSE_NOTIFY_RESEND (Linux 6.9): if the worker dies, what it is at fails"
+            )
+        for text in missing:
+            _tell(ready_fd, "note", text)
+        options = mount.options
+        format_region(fd, options.nr_pages, options.mem_limit, reserve=options.reserve)
+    except BaseException:
+        unmount(mount.mountpoint, lazily=True)
+        raise
     return fd
+
+
+def _tell(ready_fd: int, kind: str, text: str) -> None:
+    if ready_fd >= 0:
+        worker.write_line(ready_fd, f"{kind}: {text}")
+    else:
+        complain(text)
 
 
 def serve(mount: Mount, ready_fd: int) -> int:
@@ -380,12 +399,7 @@ def serve(mount: Mount, ready_fd: int) -> int:
             os.kill(mount.worker, signal.SIGKILL)
         os.waitpid(mount.worker, 0)
     else:
-        try:
-            fd = _new_region(mount.options, lambda line: worker.write_line(ready_fd, line))
-        except BaseException:
-            unmount(mount.mountpoint, lazily=True)
-            raise
-        mount = replace(mount, region_fd=fd)
+        mount = replace(mount, region_fd=_new_region(mount, ready_fd))
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -414,7 +428,7 @@ def main() -> None:
             mount = replace(mount, region_fd=region_fd, worker=process, restarts=restarts)
         code = serve(mount, int(ready_fd))
     except (ZswapfsError, OSError) as error:
-        worker.write_line(int(ready_fd), f"error: {error}")
+        _tell(int(ready_fd), "error", str(error))
         code = 1
     sys.exit(code)
 

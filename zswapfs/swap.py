@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
+from .config import run_file
 from .errors import ConfigError, SetupError
 
 TIMEOUT = 60
@@ -24,7 +28,8 @@ FSTYPE = "fuse.zswapfs"
 SOURCE_UP = "zswapfs-up"
 """What /proc/mounts names a mount that ``up`` made: it may be taken down without a question."""
 SOURCE_MOUNT = "zswapfs"
-_LOCK = Path("/run/lock/zswapfs")
+WAIT_FOR_LOCK = 60
+"""Seconds."""
 _LIMIT_V1, _LIMIT_V2 = "memory.limit_in_bytes", "memory.max"
 
 
@@ -61,69 +66,96 @@ class Group:
     """What it can take back: below its limit, and in place of its page cache."""
 
 
+_held_locks: list[int] = []
+"""Tools inherit these: what a killed command has begun is not over before its tool is."""
+
+
 def run(*words: str, timeout: float | None = TIMEOUT) -> str:
-    """Run a tool and return its output. Raises SetupError with its first line of complaint."""
+    """Run a tool and return its output. Raises SetupError with its last line of complaint.
+
+    Whatever interrupts it, the tool has ended before: some cannot be interrupted, and what they do
+    has to be known.
+    """
     tool = shutil.which(words[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if tool is None:
         raise SetupError(f"{words[0]}: not installed (packages util-linux and mount)")
+    process = subprocess.Popen(
+        [tool, *words[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="surrogateescape",
+        pass_fds=_held_locks,
+    )
     try:
-        done = subprocess.run(
-            [tool, *words[1:]],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise SetupError(f"{words[0]}: no answer in {timeout} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise SetupError(lines[-1] if lines else f"{words[0]}: exit code {done.returncode}")
-    return done.stdout
+        out, complaint = process.communicate(timeout=timeout)
+    except BaseException as error:
+        with signals_blocked():
+            process.kill()
+            process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise SetupError(f"{words[0]}: no answer in {timeout} s") from None
+        raise
+    if process.returncode:
+        lines = complaint.strip().split("\n")
+        raise SetupError(lines[-1] or f"{words[0]}: exit code {process.returncode}")
+    return out
 
 
-def _unescape(word: str) -> str:
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Have SIGINT and SIGTERM wait until the end."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _unescape(word: bytes) -> str:
     """Undo the octal escapes of /proc."""
-    whole = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(word))
-    return os.fsdecode(whole)
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), word))
 
 
-def _read(path: str) -> list[str]:
-    """Return the lines of a file that names paths, whatever bytes they have."""
-    return os.fsdecode(Path(path).read_bytes()).splitlines()
+def _lines(path: str) -> list[list[bytes]]:
+    """Return the words of a file that names paths, in which all but blank and tab may occur."""
+    lines = Path(path).read_bytes().split(b"\n")
+    return [re.split(rb"[ \t]+", line) for line in lines if line]
 
 
 def mount_source(mountpoint: Path) -> str | None:
     """Return the source of the zswapfs that is mounted there, or None."""
     source = None
-    for line in _read("/proc/self/mounts"):
-        words = line.split()
+    for words in _lines("/proc/self/mounts"):
         if _unescape(words[1]) == str(mountpoint):
-            source = words[0] if words[2] == FSTYPE else None
+            source = _unescape(words[0]) if words[2] == FSTYPE.encode() else None
     return source
 
 
 def active_swaps() -> list[Swap]:
     """Return what /proc/swaps lists."""
     swaps = []
-    for line in _read("/proc/swaps")[1:]:
-        device, _, size, used, priority = line.split()
+    for device, _, size, used, priority in _lines("/proc/swaps")[1:]:
         swaps.append(Swap(_unescape(device), int(size) << 10, int(used) << 10, int(priority)))
     return swaps
 
 
+def _is_on(device: str, file: Path) -> bool:
+    """Say whether a loop device is attached to ``file``."""
+    backing = Path("/sys/block") / Path(device).name / "loop/backing_file"
+    try:
+        path = backing.read_bytes().removesuffix(b"\n").removesuffix(b" (deleted)")
+    except OSError:
+        return False
+    return path == os.fsencode(file)
+
+
 def loops_of(file: Path) -> list[str]:
     """Return the loop devices that are attached to ``file``."""
-    found = []
-    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            backing = entry.read_text().strip()
-        except OSError:
-            continue
-        if backing.removesuffix(" (deleted)") == str(file):
-            found.append(f"/dev/{entry.parts[3]}")
-    return sorted(found)
+    devices = [f"/dev/{entry.name}" for entry in Path("/sys/block").glob("loop*")]
+    return sorted(device for device in devices if _is_on(device, file))
 
 
 def state_of(mountpoint: Path) -> State:
@@ -145,7 +177,7 @@ def attach(file: Path) -> str:
     direct = (sysfs / "loop/dio").read_text().strip()
     sector = (sysfs / "queue/logical_block_size").read_text().strip()
     if (direct, sector) != ("1", "4096"):
-        detach(device)
+        detach(device, file)
         raise SetupError(f"{device}: direct I/O {direct}, sectors of {sector} bytes; both matter")
     # Completed on the CPU that asked: otherwise on the lane's, by a softirq thread in between.
     with suppress(OSError):
@@ -153,12 +185,16 @@ def attach(file: Path) -> str:
     return device
 
 
-def detach(device: str) -> None:
-    """Detach a loop device and wait until the kernel has let go of its file."""
-    run("losetup", "-d", device)
-    backing = Path("/sys/block") / Path(device).name / "loop/backing_file"
+def detach(device: str, file: Path) -> None:
+    """Detach a loop device from ``file``, if it is on that, and wait until it is not."""
+    try:
+        if _is_on(device, file):
+            run("losetup", "-d", device)
+    except SetupError:
+        if _is_on(device, file):  # and not gone by itself meanwhile
+            raise
     for _ in range(100):
-        if not backing.exists():
+        if not _is_on(device, file):
             return
         time.sleep(0.02)
     raise SetupError(f"{device}: still in use")
@@ -206,20 +242,13 @@ def groups_below(root: Path) -> list[Group]:
 
 
 def _group_roots() -> Iterator[Path]:
-    for line in _read("/proc/self/mounts"):
-        _, path, kind, options = line.split()[:4]
-        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+    for words in _lines("/proc/self/mounts"):
+        _, path, kind, options = words[:4]
+        if kind == b"cgroup2" or (kind == b"cgroup" and b"memory" in options.split(b",")):
             yield Path(_unescape(path))
 
 
-def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
-    """Turn swap off, if memory can take the pages back. Raises SetupError with all left as it was.
-
-    Where a memory cgroup's limit leaves no room, the kernel does not refuse: it kills what is in
-    the cgroup. So that is looked at before, too.
-
-    swapoff has no timeout: it reads every page back, and interrupted it leaves some behind.
-    """
+def _check_room(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
     mine = {swap.device for swap in swaps}
     others = sum(swap.size - swap.used for swap in active_swaps() if swap.device not in mine)
     need = sum(swap.used for swap in swaps)
@@ -236,17 +265,50 @@ def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
                 f"and room for {max(group.room, 0) >> 20} MiB: its processes would be killed; "
                 "raise its limit; nothing was changed"
             )
+
+
+def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
+    """Turn swap off, if memory can take the pages back. Raises SetupError with all left as it was.
+
+    Where a memory cgroup's limit leaves no room, the kernel does not refuse: it kills what is in
+    the cgroup. So that is looked at before, too.
+
+    swapoff has no timeout: it reads every page back, and interrupted it leaves some behind.
+    """
+    if any(swap.used for swap in swaps):
+        _check_room(mountpoint, swaps)
     for swap in swaps:
         run("swapoff", swap.device, timeout=None)
 
 
-@contextmanager
-def exclusively() -> Iterator[None]:
-    """Let one ``up`` or ``down`` at a time change things. Raises ConfigError when one does."""
-    _LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with _LOCK.open("w") as lock:
+def _wait_for_lock(fd: int, mountpoint: Path) -> None:
+    end = time.monotonic() + WAIT_FOR_LOCK
+    said = False
+    while True:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a daemon does not inherit
-        except OSError:
-            raise ConfigError("another 'up' or 'down' is at work") from None
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise ConfigError(f"{mountpoint}: another command is at work") from None
+        else:
+            return
+        if not said:
+            click.echo(f"zswapfs: {mountpoint}: waiting for another command", err=True)
+        said = True
+        time.sleep(0.1)
+
+
+@contextmanager
+def exclusively(mountpoint: Path) -> Iterator[None]:
+    """Let one command at a time change what is at ``mountpoint``; wait, and say so.
+
+    The tools that it runs hold the lock, too, a daemon does not. Raises ConfigError after a minute.
+    """
+    fd = os.open(run_file(mountpoint, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _wait_for_lock(fd, mountpoint)
+        _held_locks.append(fd)
         yield
+    finally:
+        _held_locks.clear()
+        os.close(fd)
