@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Swapped, zswapfs
 from test_protect import V1, V2, make
+from test_strict import may_have_resources
 
 from zswapfs.check import (
     MISSING,
@@ -303,12 +304,6 @@ def test_the_kernel_hides_what_is_not_dumpable(sleeper: Callable[[int], int]) ->
     """As seen by root without capabilities."""
     assert readable_unprivileged(Path(f"/proc/{sleeper(1)}/environ"))
     assert not readable_unprivileged(Path(f"/proc/{sleeper(0)}/environ"))
-
-
-def may_have_resources() -> bool:
-    """Say whether this process has CAP_SYS_RESOURCE."""
-    status = Path("/proc/self/status").read_text()
-    return bool(int(status.partition("CapEff:")[2].split()[0], 16) & 1 << 24)
 
 
 @pytest.mark.swapped

@@ -34,6 +34,10 @@ _OPTION_WORDS = click.option(
     "-o", "words", metavar="NAME=VALUE,...", multiple=True, help="Mount options, as README lists."
 )
 
+_STRICT = click.option(
+    "--strict", is_flag=True, help="Only with every protection; else say what is missing."
+)
+
 
 def _need_root() -> None:
     if os.geteuid() != 0:
@@ -141,14 +145,15 @@ def cli() -> None:
 @cli.command("mount")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @_OPTION_WORDS
+@_STRICT
 @click.option("-f", "foreground", is_flag=True, help="Stay in the foreground.")
 @click.option("--source", default=swap.SOURCE_MOUNT, hidden=True)
 def mount_command(
-    mountpoint: Path, words: tuple[str, ...], source: str, *, foreground: bool
+    mountpoint: Path, words: tuple[str, ...], source: str, *, strict: bool, foreground: bool
 ) -> None:
     """Mount at MOUNTPOINT; return when the file is usable. umount(8) ends it."""
     _need_root()
-    options = parse_options(list(words))
+    options = parse_options([*words, *["strict=1"] * strict])
     target = _absolute(mountpoint)
     with swap.exclusively(target):
         if not foreground:
@@ -222,17 +227,21 @@ def _set_up(mountpoint: Path, options: Options, priority: int) -> tuple[str, lis
 @click.option("--mem-limit", help="Cap on the memory it takes, like 2G or 25%.  [default: none]")
 @click.option("--priority", default="100", show_default=True, help="Of the swap, 0 to 32767.")
 @_OPTION_WORDS
-def up(
+@_STRICT
+def up(  # noqa: PLR0913 one for each option
     mountpoint: Path,
     size: str | None,
     mem_limit: str | None,
     priority: str,
     words: tuple[str, ...],
+    *,
+    strict: bool,
 ) -> None:
     """Mount, attach a loop device, make swap, and turn it on."""
     _need_root()
     more = [f"size={size}"] if size is not None else []
     more += [f"mem_limit={mem_limit}"] if mem_limit is not None else []
+    more += ["strict=1"] * strict
     options = parse_options([*words, *more])
     rank = parse_count(priority, "priority", 0, MAX_PRIORITY)
     target = _absolute(mountpoint)

@@ -97,6 +97,8 @@ class Options:
     """1: while requests follow each other closely, CPUs are kept from sleep states."""
     heartbeat: int = 10
     """Seconds without a sign of life after which a worker is replaced; 0: never."""
+    strict: int = 0
+    """1: without each protection there is no mount. 0: what is missing is said, and it goes on."""
     compact_at: float = 0.5
     """Percent of the arena's memory that must be free inside chunks for compaction to begin."""
     compact_fast: float = 5.0
@@ -142,6 +144,7 @@ _PARSERS: dict[str, Callable[[str], int | float]] = {
     "spin_us": lambda text: parse_count(text, "spin_us", 0, 1000),
     "awake": lambda text: parse_count(text, "awake", 0, 1),
     "heartbeat": lambda text: parse_count(text, "heartbeat", 0, 3600),
+    "strict": lambda text: parse_count(text, "strict", 0, 1),
     "compact_at": lambda text: parse_percent(text, "compact_at"),
     "compact_fast": lambda text: parse_percent(text, "compact_fast"),
 }

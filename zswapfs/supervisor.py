@@ -352,22 +352,28 @@ class Supervisor:
             return str(error)
 
 
-def _new_region(mount: Mount, ready_fd: int) -> int:
-    """Return the region, laid out. Whoever cannot have it is told, and loses the mount."""
+def _new_region(mount: Mount, missing: list[str], ready_fd: int) -> int:
+    """Return the region, laid out. Whoever cannot have it is told, and loses the mount.
+
+    ``missing`` are protections that this process has not; the worker tells what it has not itself.
+    With strict they are a reason not to start.
+    """
     try:
         fd, noswap = region_memory()
-        missing = []
+        notes = []
         if not noswap:
-            missing.append(
+            notes.append(
                 "no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover"
             )
         if not worker.has_resend():
-            missing.append(
+            notes.append(
                 "no FUSE_NOTIFY_RESEND (Linux 6.9): if the worker dies, what it is at fails"
             )
-        for text in missing:
-            _tell(ready_fd, "note", text)
         options = mount.options
+        if options.strict and (missing or notes):
+            raise SetupError(f"strict: {'; '.join(missing + notes)}")  # noqa: TRY301 see below
+        for text in notes:
+            _tell(ready_fd, "note", text)
         format_region(fd, options.nr_pages, options.mem_limit, reserve=options.reserve)
     except BaseException:
         unmount(mount.mountpoint, lazily=True)
@@ -389,7 +395,7 @@ def serve(mount: Mount, ready_fd: int) -> int:
     SIGHUP restarts with the installed program.
     """
     _be_called(NAME)
-    worker.protect_memory()
+    missing = worker.protect_memory()
     keep_out_others()
     for fd in (mount.fuse_fd, mount.region_fd, ready_fd):
         if fd >= 0:
@@ -399,7 +405,7 @@ def serve(mount: Mount, ready_fd: int) -> int:
             os.kill(mount.worker, signal.SIGKILL)
         os.waitpid(mount.worker, 0)
     else:
-        mount = replace(mount, region_fd=_new_region(mount, ready_fd))
+        mount = replace(mount, region_fd=_new_region(mount, missing, ready_fd))
     gc.collect()
     gc.freeze()
     gc.disable()
