@@ -75,6 +75,7 @@ def test_less_than_a_page_is_refused(text: str) -> None:
         ("lanes=0", "lanes: '0' is not a number from 1 to 64"),
         ("lanes=65", "lanes"),
         ("spin_us=-1", "spin_us"),
+        ("reserve=90%", "more than a quarter"),
         ("compact_at=0", "compact_at"),
         ("compact_at=101", "compact_at"),
         ("compact_at=20,compact_fast=10", "compact_fast"),

@@ -1,5 +1,6 @@
 """Up and down: in the right order, back where they came from, mended when killed."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -238,6 +239,23 @@ def test_an_up_that_is_interrupted_takes_everything_down(place: Path, number: in
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run([ZSWAPFS, "up", place, "--size", "64M"], env=env, check=False)
     assert done.returncode in (1, 143)
+    _nothing_is_left(place)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_up_interrupted_in_swapon(place: Path, number: int) -> None:
+    """Which takes seconds for 1 TiB and cannot be interrupted: up, or nothing left behind."""
+    up = subprocess.Popen([ZSWAPFS, "up", place, "--size", "1T"], stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{up.pid}/task/{up.pid}/children")
+    end = time.monotonic() + TIMEOUT
+    seen = False
+    while not seen:
+        assert time.monotonic() < end
+        for child in children.read_text().split():
+            with contextlib.suppress(OSError):
+                seen |= Path(f"/proc/{child}/comm").read_text() == "swapon\n"
+    up.send_signal(number)
+    assert up.wait(TIMEOUT) != 0
     _nothing_is_left(place)
 
 

@@ -20,6 +20,7 @@ from . import supervisor, swap
 from .check import MISSING, check_daemon
 from .config import DEFAULT_MOUNTPOINT, Options, parse_count, parse_options
 from .errors import ConfigError, SetupError, ZswapfsError
+from .tune import PAGE_CLUSTER, PageCluster
 
 READY_TIMEOUT = 30
 """Seconds that a mount may take to become usable."""
@@ -225,6 +226,7 @@ def _set_up(mountpoint: Path, options: Options, priority: int) -> tuple[str, lis
 @_MOUNTPOINT
 @click.option("--size", help="Of the swap, like 8G or 50% of memory.  [default: 50%]")
 @click.option("--mem-limit", help="Cap on the memory it takes, like 2G or 25%.  [default: none]")
+@click.option("--tune", "tune_it", is_flag=True, help="Raise vm.page-cluster until 'down'.")
 @click.option("--priority", default="100", show_default=True, help="Of the swap, 0 to 32767.")
 @_OPTION_WORDS
 @_STRICT
@@ -236,6 +238,7 @@ def up(  # noqa: PLR0913 one for each option
     words: tuple[str, ...],
     *,
     strict: bool,
+    tune_it: bool,
 ) -> None:
     """Mount, attach a loop device, make swap, and turn it on."""
     _need_root()
@@ -251,7 +254,17 @@ def up(  # noqa: PLR0913 one for each option
             raise ConfigError(f"{target}: already up, on {state.swaps[0].device}")
         if state.source == swap.SOURCE_UP:
             _take_down(target, state)
-        device, notes = _set_up(target, options, rank)
+        page_cluster = PageCluster()
+        if tune_it:
+            page_cluster.raise_for(target)
+        try:
+            device, notes = _set_up(target, options, rank)
+        except BaseException:
+            page_cluster.give_up(target)
+            raise
+        if page_cluster.is_low():
+            low = f"vm.page-cluster is {page_cluster.value()}, {PAGE_CLUSTER} is faster"
+            notes.append(f"{low}: 'up --tune'")
     _print_notes(notes)
     limit = (
         "" if options.mem_limit is None else f", at most {options.mem_limit >> 20} MiB of memory"
@@ -268,8 +281,10 @@ def down(mountpoint: Path) -> None:
     with swap.exclusively(target):
         state = swap.state_of(target)
         if state.source is None or not (state.loops or state.source == swap.SOURCE_UP):
+            PageCluster().give_up(target)  # of an 'up' that was killed early
             raise ConfigError(f"{target}: not up")
         _take_down(target, state)
+        PageCluster().give_up(target)
         if target == DEFAULT_MOUNTPOINT:
             with suppress(OSError):
                 target.rmdir()

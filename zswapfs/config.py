@@ -17,6 +17,8 @@ MAX_SIZE = 1 << 40
 """Bytes of content that slots can address (STORE_MAX_PAGES in native/zswapfs.h)."""
 CHUNK_BYTES = 65536
 DEFAULT_MOUNTPOINT = Path("/run/zswapfs")
+RUN_FOLDER = Path("/run/zswapfs.d")
+"""What is to be known about mounts until the next boot; root's alone."""
 DEFAULT_RESERVE = 4 << 20
 
 _ALL = 100  # percent
@@ -33,10 +35,9 @@ IGNORED_MOUNT_OPTIONS = frozenset(
 
 
 def run_file(mountpoint: Path, kind: str) -> Path:
-    """Return the path of a file about one mount that goes with the next boot; root's alone."""
-    folder = Path("/run/zswapfs.d")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.{kind}"
+    """Return the path of a file about one mount."""
+    RUN_FOLDER.mkdir(mode=0o700, exist_ok=True)
+    return RUN_FOLDER / f"{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]}.{kind}"
 
 
 def ram_bytes() -> int:
@@ -111,6 +112,11 @@ class Options:
         if self.size > MAX_SIZE:
             raise ConfigError(
                 f"size: {self.size} bytes is more than slots can address ({MAX_SIZE >> 40}T)"
+            )
+        if self.reserve > ram_bytes() // 4:
+            raise ConfigError(
+                f"reserve: {self.reserve} bytes is more than a quarter of the machine's memory "
+                f"({ram_bytes()} bytes)"
             )
         if self.mem_limit is not None and self.mem_limit < self.reserve + CHUNK_BYTES:
             raise ConfigError(
