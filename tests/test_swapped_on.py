@@ -16,6 +16,9 @@ pytestmark = pytest.mark.swapped
 LOAD = Path(__file__).with_name("load.py")
 
 
+TROUBLE = r"loop|swap|fuse|hung|I/O error|BUG|WARNING|Oops|page allocation failure|rcu.*stall"
+
+
 class Kernel:
     """What the kernel says from now on, and of what other tests may be using at the same time."""
 
@@ -33,7 +36,7 @@ class Kernel:
             for line in said
             if line.startswith("kern ")  # not what daemons of other mounts have put there
             and "callbacks suppressed" not in line  # whose, it does not say; the errors do
-            and re.search(r"loop|swap|fuse|hung|I/O error", line)
+            and re.search(TROUBLE, line)
             and set(re.findall(r"\bloop\d+", line)) <= {name}
             and set(re.findall(r"\((7:\d+)[:)]", line)) <= {number}
         ]
@@ -99,8 +102,9 @@ def test_a_full_store_fails_writes_and_loses_nothing(
     assert raw["failed_writes"] > 0
     assert raw["mem_max_bytes"] <= 16 << 20
     assert raw["failed_reads"] == 0
-    out = _expect(swap.load(40, sys.executable, LOAD, noise, 24, 2))
+    out = _expect(swap.load(28, sys.executable, LOAD, noise, 24, 2))
     assert " 0 wrong" in out
+    assert swap.raw()["reads"] > raw["reads"] + 200
 
 
 @pytest.mark.parametrize("kind", ["ext4", "btrfs"])

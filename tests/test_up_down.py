@@ -220,6 +220,54 @@ def test_bad_input_is_one_line(place: Path, words: list[str], message: str) -> N
     _nothing_is_left(place)
 
 
+def test_a_swapon_that_the_kernel_refuses(place: Path) -> None:
+    """A signature that is gone by then: the kernel's reason, and nothing left."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / "mkswap").write_text("#!/bin/sh\nexit 0\n")
+    (folder / "mkswap").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    words = [ZSWAPFS, "up", place, "--size", "64M"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "swapon" in done.stderr
+    assert done.stderr.count("\n") == 1
+    _nothing_is_left(place)
+
+
+def test_a_swapoff_that_fails_changes_nothing(swapped_on: Callable[..., Swapped]) -> None:
+    """Its own line; swap stays on."""
+    swapped = swapped_on("--size", "64M")
+    folder = swapped.path.with_name("bin")
+    folder.mkdir()
+    (folder / "swapoff").write_text("#!/bin/sh\necho swapoff: no >&2\nexit 4\n")
+    (folder / "swapoff").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    words = [ZSWAPFS, "down", swapped.path]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "zswapfs: swapoff: no\n")
+    assert swapped.device in Path("/proc/swaps").read_text()
+    assert swapped.stats()["DiskSize"] == 64 << 10
+
+
+def test_an_interrupted_down_can_be_repeated(
+    swapped_on: Callable[..., Swapped], corpus_file: Path
+) -> None:
+    """While pages come back: what is left is whole, and the load's pages are right."""
+    swapped = swapped_on("--size", "512M")
+    load = _swapped_out(swapped, corpus_file)
+    _limit(swapped.groups[0], 512)
+    down = subprocess.Popen([ZSWAPFS, "down", swapped.path], stderr=subprocess.DEVNULL)
+    time.sleep(0.25)
+    down.send_signal(signal.SIGINT)
+    if down.wait(TIMEOUT):
+        assert zswapfs("down", swapped.path).returncode == 0
+    _nothing_is_left(swapped.path)
+    out, _ = load.communicate(timeout=120)
+    assert load.returncode == 0
+    assert " 0 wrong" in out
+
+
 def test_a_swap_file_too_small_for_mkswap(place: Path) -> None:
     """Mkswap wants ten pages: its line, and nothing left."""
     done = zswapfs("up", place, "--size", "16K")
