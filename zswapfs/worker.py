@@ -28,6 +28,7 @@ SWAP_INODE = 2
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _PR_SET_IO_FLUSHER = 57
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_BUFFERS = ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF))
 _M_ARENA_MAX = -8
 _FUSE_DEV_IOC_CLONE = 0x8004E500
 
@@ -120,8 +121,11 @@ class OwnMemory:
 def _pair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SOCKET_BYTES)
-        end.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, SOCKET_BYTES)
+        for force, ask in _BUFFERS:
+            try:
+                end.setsockopt(socket.SOL_SOCKET, force, SOCKET_BYTES)
+            except PermissionError:  # no CAP_NET_ADMIN: as much as anybody may have
+                end.setsockopt(socket.SOL_SOCKET, ask, SOCKET_BYTES)
     return ours, theirs
 
 
