@@ -1,0 +1,63 @@
+"""In steady state, under load, nothing on the way of a page asks the OS for memory."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TIMEOUT, Swapped
+
+LOAD = Path(__file__).with_name("load.py")
+MEMORY_CALLS = "mmap,munmap,brk,madvise,mremap,mprotect,clone,clone3,fork,vfork,execve"
+SECONDS = 10
+
+
+def _threads(process: int) -> dict[str, str]:
+    """Return the names of a process's threads, by id."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return {task.name: (task / "comm").read_text().strip() for task in tasks}
+
+
+def _major_faults(processes: list[int]) -> int:
+    total = 0
+    for process in processes:
+        for task in Path(f"/proc/{process}/task").iterdir():
+            total += int((task / "stat").read_text().rpartition(")")[2].split()[9])
+    return total
+
+
+@pytest.mark.swapped
+def test_lanes_ask_for_no_memory(swapped_on: Callable[..., Swapped], corpus_file: Path) -> None:
+    """No call of lanes and relay that could, and no major fault in any thread."""
+    strace = shutil.which("strace")
+    assert strace, "strace is not installed"
+    swap = swapped_on("--size", "512M")
+    load = swap.load(64, sys.executable, LOAD, corpus_file, 160, 1, 100)
+    time.sleep(5)
+    (worker,) = (process for process in swap.daemon() if len(_threads(process)) > 1)
+    threads = [tid for tid, name in _threads(worker).items() if name.startswith("zs-")]
+    assert len(threads) >= 4  # two lanes, relay, keeper
+    lanes = [tid for tid, name in _threads(worker).items() if re.match(r"zs-(lane|relay)", name)]
+    faults = _major_faults(swap.daemon())
+    words = [strace, "-c", "-e", f"trace=read,write,{MEMORY_CALLS}"]
+    for tid in lanes:
+        words += ["-p", tid]
+    trace = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    time.sleep(SECONDS)
+    trace.send_signal(signal.SIGINT)
+    _, counted = trace.communicate(timeout=TIMEOUT)
+    calls = {line.split()[-1]: int(line.split()[3]) for line in counted.splitlines()
+             if re.match(r"\s*[\d.]+\s+[\d.]+\s+\d+\s+\d+", line)}  # fmt: skip
+    assert calls.pop("read") > 1000
+    assert calls.pop("write") > 1000
+    calls.pop("total")
+    assert calls == {}
+    assert _major_faults(swap.daemon()) == faults
+    assert load.poll() is None
+    load.kill()
+    load.communicate()
