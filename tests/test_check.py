@@ -197,6 +197,16 @@ def test_a_region_that_can_be_swapped(machine: Machine, target: str) -> None:
     assert machine.complaint()[:2] == (MISSING, "region")
 
 
+def test_strange_names(machine: Machine) -> None:
+    """Of mounts and mapped files, which may be called anything but a line's end."""
+    mounts = "22 1 0:5 / /a\x0c\x0cb rw - tmpfs tmpfs rw\n23 1 0:6 / /\u2028 rw - tmpfs tmpfs rw\n"
+    machine.write(f"proc/{WORKER}/mountinfo", mounts)
+    machine.write(
+        f"proc/{WORKER}/maps", "1000-3000 r-xp 0 00:00 0 [vdso]\n1-2 r 0 0 0 /\x0c\x0c b\n"
+    )
+    assert {finding.state for finding in machine.look()} == {OK}
+
+
 def test_a_limited_cgroup(machine: Machine) -> None:
     """Of version 2 and of version 1; the file that limits is named."""
     machine.write("sys/fs/cgroup/a/memory.high", "1048576")

@@ -99,6 +99,15 @@ def test_a_part_of_the_hierarchy_is_mounted(tmp_path: Path) -> None:
         assert memory_limits("self", tmp_path) == []
 
 
+def test_strange_names(tmp_path: Path) -> None:
+    """Cgroups may be called anything but a line's end."""
+    name = "a:\x0cb\u2028\udcff c"
+    make(tmp_path, V2.format(root="/"), "0::/x", **{f"{name}/memory.max": "4096"})
+    text = f"0::/{name}\n".encode(errors="surrogateescape")
+    (tmp_path / "proc/self/cgroup").write_bytes(text)
+    assert memory_limits("self", tmp_path) == [tmp_path / "sys/fs/cgroup" / name / "memory.max"]
+
+
 def test_without_cgroups(tmp_path: Path) -> None:
     """No hierarchy, no limit; no /proc, and it says so."""
     assert leave_limited_cgroup(tmp_path) == [

@@ -22,7 +22,7 @@ _MODULE = b"zswapfs.supervisor"
 _IO_FLUSHER = 0x00080000 | 0x00100000
 """PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (include/linux/sched.h): what PR_SET_IO_FLUSHER sets."""
 _UNKILLABLE = -1000
-_UNLOCKABLE = frozenset({"[vvar]", "[vvar_vclock]", "[vdso]"})
+_UNLOCKABLE = (b" [vvar]", b" [vvar_vclock]", b" [vdso]")
 """Mappings of the kernel's own pages, which mlock() leaves out and the kernel never swaps."""
 _RESEND_SINCE = (6, 9)
 _PAGE_CLUSTER = 5
@@ -99,10 +99,9 @@ def find_daemon(mountpoint: Path, root: Path = Path("/")) -> tuple[Process, Proc
 def _unlocked(process: Process) -> str | None:
     """Unlocked memory. Counted in mappings, so that it costs no walk of page tables."""
     spans = 0
-    for line in (process.folder / "maps").read_text(errors="surrogateescape").splitlines():
-        span, *_, name = line.split()
-        if name in _UNLOCKABLE:
-            first, last = (int(word, 16) for word in span.split("-"))
+    for line in (process.folder / "maps").read_bytes().split(b"\n"):
+        if line.endswith(_UNLOCKABLE):
+            first, last = (int(word, 16) for word in line.split(b" ")[0].split(b"-"))
             spans += (last - first) >> 10
     unlocked = process.kilobytes("VmSize") - process.kilobytes("VmLck") - spans
     return f"{unlocked} kB can be swapped out" if unlocked > 0 else None
@@ -110,10 +109,8 @@ def _unlocked(process: Process) -> str | None:
 
 def _swappable_region(process: Process) -> str | None:
     """Swappable: a region elsewhere than on a tmpfs that is attached nowhere, which is noswap."""
-    mounts = {
-        line.split()[0]
-        for line in (process.folder / "mountinfo").read_text(errors="surrogateescape").splitlines()
-    }
+    lines = (process.folder / "mountinfo").read_bytes().split(b"\n")
+    mounts = {line.split(b" ")[0].decode() for line in lines}
     for link in (process.folder / "fd").iterdir():
         target = str(link.readlink())
         if target == "/memfd:zswapfs (deleted)":

@@ -27,7 +27,7 @@ class Hierarchy:
 
     def group_of(self, cgroup: str) -> Path:
         """Return the directory of the process whose /proc/PID/cgroup this is."""
-        for line in cgroup.splitlines():
+        for line in filter(None, cgroup.split("\n")):
             _, controllers, path = line.split(":", 2)
             if self.controller not in controllers.split(","):
                 continue
