@@ -48,8 +48,12 @@ class Machine:
         self.write("sys/block/loop3/loop/dio", "1")
         self.write("sys/block/loop3/queue/logical_block_size", "4096")
         self.write("sys/block/loop3/queue/discard_max_bytes", "1048576")
-        for pid, parent in ((SUPERVISOR, 1), (WORKER, SUPERVISOR)):
+        for pid, parent, name in (
+            (SUPERVISOR, 1, "zswapfs"),
+            (WORKER, SUPERVISOR, "zswapfs-worker"),
+        ):
             self._process(pid, parent)
+            self.write(f"proc/{pid}/comm", f"{name}\n")
 
     def _process(self, pid: int, parent: int) -> None:
         self.write(f"proc/{pid}/cmdline", "python\0-m\0zswapfs.supervisor\0/mnt/a\0005\0007\0\0")
@@ -114,7 +118,7 @@ def test_all_is_well(machine: Machine) -> None:
 
 
 def test_supervisor_and_worker_are_told_apart(machine: Machine) -> None:
-    """By who is whose child; others' daemons are left out."""
+    """By what they are called; others' daemons are left out."""
     machine.write("proc/99/cmdline", "python\0-m\0zswapfs.supervisor\0/mnt/b\0005\0007\0\0")
     machine.status(99, PPid=1)
     machine.write("proc/98/cmdline", "grep\0zswapfs.supervisor\0")
@@ -129,6 +133,10 @@ def test_a_daemon_that_is_gone(machine: Machine) -> None:
     """Said which of the two."""
     (machine.root / f"proc/{WORKER}/cmdline").unlink()
     with pytest.raises(SetupError, match="/mnt/a: its worker is gone"):
+        machine.look()
+    machine.write(f"proc/{WORKER}/cmdline", "python\0-m\0zswapfs.supervisor\0/mnt/a\0")
+    machine.write(f"proc/{SUPERVISOR}/comm", "other\n")
+    with pytest.raises(SetupError, match="/mnt/a: its supervisor is gone"):
         machine.look()
     with pytest.raises(SetupError, match="/mnt/c: its daemon is gone"):
         find_daemon(Path("/mnt/c"), machine.root)

@@ -15,17 +15,19 @@ from . import swap
 from .errors import ConfigError, SetupError
 from .privileges import CAP_IPC_LOCK, give_up_capabilities
 from .protect import hierarchies, memory_limits
+from .tune import PAGE_CLUSTER
 
 OK, MISSING, WARN = "ok", "MISSING", "warn"
 
 _MODULE = b"zswapfs.supervisor"
+_ROLES = {"zswapfs": "supervisor", "zswapfs-worker": "worker"}
+"""What the processes are called."""
 _IO_FLUSHER = 0x00080000 | 0x00100000
 """PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (include/linux/sched.h): what PR_SET_IO_FLUSHER sets."""
 _UNKILLABLE = -1000
 _UNLOCKABLE = (b" [vvar]", b" [vvar_vclock]", b" [vdso]")
 """Mappings of the kernel's own pages, which mlock() leaves out and the kernel never swaps."""
 _RESEND_SINCE = (6, 9)
-_PAGE_CLUSTER = 5
 
 
 @dataclass(frozen=True)
@@ -76,24 +78,25 @@ def _command_lines(root: Path) -> Iterator[tuple[int, list[bytes]]]:
             continue  # ended
 
 
+def find_processes(mountpoint: Path, root: Path = Path("/")) -> dict[str, Process]:
+    """Return what there is of a mount's ``supervisor`` and ``worker``."""
+    place = os.fsencode(mountpoint)
+    found: dict[str, Process] = {}
+    for pid, words in sorted(_command_lines(root), reverse=True):
+        if _MODULE in words and words[words.index(_MODULE) + 1] == place:
+            role = _ROLES.get(_read(root / f"proc/{pid}/comm"))
+            if role:
+                found[role] = Process(root, pid, role)
+    return found
+
+
 def find_daemon(mountpoint: Path, root: Path = Path("/")) -> tuple[Process, Process]:
     """Return supervisor and worker of a mount. Raises SetupError when one is not there."""
-    place = os.fsencode(mountpoint)
-    found = {
-        pid: int(Process(root, pid, "").status["PPid"])
-        for pid, words in _command_lines(root)
-        if _MODULE in words and words[words.index(_MODULE) + 1] == place
-    }
-    supervisors = [pid for pid, parent in found.items() if parent not in found]
-    if not supervisors:
-        raise SetupError(f"{mountpoint}: its daemon is gone")
-    workers = [pid for pid, parent in found.items() if parent == supervisors[0]]
-    if not workers:
-        raise SetupError(f"{mountpoint}: its worker is gone")
-    return (
-        Process(root, supervisors[0], "supervisor"),
-        Process(root, max(workers), "worker"),
-    )
+    found = find_processes(mountpoint, root)
+    for role in _ROLES.values():
+        if role not in found:
+            raise SetupError(f"{mountpoint}: its {role if found else 'daemon'} is gone")
+    return found["supervisor"], found["worker"]
 
 
 def _unlocked(process: Process) -> str | None:
@@ -299,7 +302,7 @@ def _swaps(state: swap.State, root: Path) -> Iterator[Finding]:
 
 def _page_cluster(root: Path) -> Finding:
     value = _read(root / "proc/sys/vm/page-cluster")
-    if value.isdigit() and int(value) < _PAGE_CLUSTER:
+    if value.isdigit() and int(value) < PAGE_CLUSTER:
         text = f"{value}: a request costs more than the pages in it; sysctl vm.page-cluster=5"
         return Finding(WARN, "page-cluster", text)
     return Finding(OK, "page-cluster", value or "none")

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from . import supervisor, swap
-from .check import MISSING, check_daemon
+from .check import MISSING, check_daemon, find_processes
 from .config import DEFAULT_MOUNTPOINT, Options, parse_count, parse_options
 from .errors import ConfigError, SetupError, ZswapfsError
 from .tune import PAGE_CLUSTER, PageCluster
@@ -299,7 +299,7 @@ def restart(mountpoint: Path) -> None:
     target = _absolute(mountpoint)
     if swap.mount_source(target) is None:
         raise ConfigError(f"{target}: no zswapfs is mounted there")
-    process = supervisor.find(target)
+    process = find_processes(target).get("supervisor")
     if process is None:
         raise SetupError(f"{target}: its supervisor is gone")
     fifo = supervisor.restart_fifo(target)
@@ -307,7 +307,7 @@ def restart(mountpoint: Path) -> None:
     os.mkfifo(fifo, 0o600)
     try:
         with os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb") as answer:
-            os.kill(process, signal.SIGHUP)
+            os.kill(process.pid, signal.SIGHUP)
             _wait_ready(answer.fileno(), target)
     finally:
         fifo.unlink()

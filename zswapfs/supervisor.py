@@ -96,19 +96,6 @@ class Mount:
         return [*_PROGRAM, *words]
 
 
-def find(mountpoint: Path) -> int | None:
-    """Return the process id of the supervisor of a mount, or None."""
-    start = [os.fsencode(word) for word in (*_PROGRAM[1:], str(mountpoint))]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                named = (entry / "comm").read_text() == f"{NAME}\n"
-                if named and words[1 : 1 + len(start)] == start:
-                    return int(entry.name)
-    return None
-
-
 def restart_fifo(mountpoint: Path) -> Path:
     """Return where a supervisor that is told to restart (SIGHUP) says what became of it."""
     return run_file(mountpoint, "restart")
