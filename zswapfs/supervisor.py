@@ -143,12 +143,11 @@ class _Worker:
             raise
         finally:
             os.close(says)
-        self.pid_fd = os.pidfd_open(self.pid)
         self.served_from: float | None = None
         self._text = b""
 
     def lines(self) -> list[str] | None:
-        """Return what it has said since the last call; None once it will say no more."""
+        """Return what it has said since the last call; None once it has ended, all its threads."""
         more = os.read(self.says_fd, 4096)
         *lines, self._text = (self._text + more).split(b"\n")
         said = [line.decode(errors="surrogateescape") for line in lines]
@@ -159,7 +158,6 @@ class _Worker:
     def wait(self) -> int:
         """Wait for its end, free everything, return its exit code (below 0: the signal)."""
         _, status = os.waitpid(self.pid, 0)
-        os.close(self.pid_fd)
         os.close(self.says_fd)
         return os.waitstatus_to_exitcode(status)
 
@@ -230,7 +228,7 @@ class Supervisor:
     def _attend(self, process: _Worker) -> int:
         """Listen to a worker and look after it until it ends; return its exit code."""
         poll = select.poll()
-        for fd in (process.pid_fd, process.says_fd, self._signal_fd):
+        for fd in (process.says_fd, self._signal_fd):
             poll.register(fd, select.POLLIN)
         heartbeat = Heartbeat()
         interval = self._mount.options.heartbeat / PATIENCE
@@ -239,10 +237,6 @@ class Supervisor:
             wait = None if look_at is None else max(0.0, look_at - time.monotonic()) * 1000
             ready = {fd for fd, _ in poll.poll(wait)}
             if process.says_fd in ready and not self._listen(process):
-                poll.unregister(process.says_fd)
-            if process.pid_fd in ready:
-                while self._listen(process):
-                    pass
                 return process.wait()
             if self._signal_fd in ready:
                 self._obey(os.read(self._signal_fd, 64), process)
