@@ -182,7 +182,7 @@ static bool sweep_one(enum call call, int64_t n, int error, bool is_end)
 	assert_int_equal(switch_start(&w.sw, w.store, &w.options), 0);
 	nr_silent = 0;
 	/* Long, but where it is known that no answer may come. */
-	patience_ms = is_end || error == ENOENT || call == CALL_SEND ? 60 : 5000;
+	patience_ms = is_end || error == ENOENT ? 60 : 1000;
 	run(&w);
 	is_end = is_end && countdown[call] < 0;
 	end(&w, is_end ? -error : 0);
