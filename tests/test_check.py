@@ -60,7 +60,7 @@ class Machine:
         self.write(f"proc/{pid}/oom_score_adj", "-1000")
         self.write(f"proc/{pid}/cgroup", "0::/a")
         self.write(f"proc/{pid}/mountinfo", "22 1 0:5 / /dev rw - devtmpfs devtmpfs rw")
-        self.write(f"proc/{pid}/maps", "1000-3000 r-xp 0 00:00 0 [vdso]\n7000-8000 rw-p 0 00:00 0")
+        self.smaps(pid)
         self.status(pid, PPid=parent)
         for thread in (pid, pid + 50):
             self.write(f"proc/{pid}/task/{thread}/stat", f"1 (a) b) S 1 1 1 0 -1 {IO_FLUSHER} 0")
@@ -74,16 +74,23 @@ class Machine:
         file.write_text(text)
 
     def status(self, pid: int, **values: object) -> None:
-        """Replace /proc/PID/status; sizes in kB."""
+        """Replace /proc/PID/status."""
         good = {
             "PPid": SUPERVISOR,
-            "VmSize": "108 kB",
-            "VmLck": "100 kB",
             "CapPrm": "0000000000004000",
             "NoNewPrivs": 1,
         }
         lines = (f"{name}:\t{value}\n" for name, value in {**good, **values}.items())
         self.write(f"proc/{pid}/status", "".join(lines))
+
+    def smaps(self, pid: int, flags: str = "lo", name: str = "/usr/lib/x") -> None:
+        """Replace what is mapped: the vDSO, 10 kB of a file, and an old kernel's vsyscall page."""
+        mappings = ((8, "rd ex mr mw me de", "[vdso]"), (10, f"rd {flags} mr", name), (4, "ex", ""))
+        text = "".join(
+            f"7f{size:02x}-7fff r-xp 0 0:0 0   {what}\nSize:  {size} kB\nVmFlags: {words}\n"
+            for size, words, what in mappings
+        )
+        self.write(f"proc/{pid}/smaps", text.replace("0 0   \n", "0 0   [vsyscall]\n"))
 
     def link(self, pid: int, target: str) -> None:
         """Replace the descriptor that is the region."""
@@ -152,12 +159,11 @@ def test_what_is_not_mounted(tmp_path: Path) -> None:
 def test_missing_protections_of_both(machine: Machine, pid: int) -> None:
     """Each is named, with whose it is and by how much."""
     role = "supervisor" if pid == SUPERVISOR else "worker"
-    parent = 1 if pid == SUPERVISOR else SUPERVISOR
-    machine.status(pid, PPid=parent, VmLck="90 kB")
+    machine.smaps(pid, flags="me")
     state, name, text = machine.complaint()
     assert (state, name) == (MISSING, "memory locked")
     assert text.startswith(f"{role} 10 kB can be swapped out; ")
-    machine.status(pid, PPid=parent)
+    machine.smaps(pid)
     machine.write(f"proc/{pid}/oom_score_adj", "0")
     state, name, text = machine.complaint()
     assert (state, name) == (MISSING, "OOM killer")
@@ -209,9 +215,7 @@ def test_strange_names(machine: Machine) -> None:
     """Of mounts and mapped files, which may be called anything but a line's end."""
     mounts = "22 1 0:5 / /a\x0c\x0cb rw - tmpfs tmpfs rw\n23 1 0:6 / /\u2028 rw - tmpfs tmpfs rw\n"
     machine.write(f"proc/{WORKER}/mountinfo", mounts)
-    machine.write(
-        f"proc/{WORKER}/maps", "1000-3000 r-xp 0 00:00 0 [vdso]\n1-2 r 0 0 0 /\x0c\x0c b\n"
-    )
+    machine.smaps(WORKER, name="/\x0c\x0cb")
     assert {finding.state for finding in machine.look()} == {OK}
 
 

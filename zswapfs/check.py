@@ -25,8 +25,8 @@ _ROLES = {"zswapfs": "supervisor", "zswapfs-worker": "worker"}
 _IO_FLUSHER = 0x00080000 | 0x00100000
 """PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (include/linux/sched.h): what PR_SET_IO_FLUSHER sets."""
 _UNKILLABLE = -1000
-_UNLOCKABLE = (b" [vvar]", b" [vvar_vclock]", b" [vdso]")
-"""Mappings of the kernel's own pages, which mlock() leaves out and the kernel never swaps."""
+_UNLOCKABLE = frozenset({b"io", b"pf", b"mm", b"de", b"ht"})
+"""Flags of mappings that mlock() leaves out, like the vDSO's, and that the kernel never swaps."""
 _RESEND_SINCE = (6, 9)
 
 
@@ -60,10 +60,6 @@ class Process:
         """What /proc/PID/status says."""
         lines = (self.folder / "status").read_text(errors="surrogateescape").splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-    def kilobytes(self, name: str) -> int:
-        """Return a size of /proc/PID/status."""
-        return int(self.status[name].split()[0])
 
     def capabilities(self, name: str) -> int:
         """Return a set of capabilities, one bit each."""
@@ -100,14 +96,19 @@ def find_daemon(mountpoint: Path, root: Path = Path("/")) -> tuple[Process, Proc
 
 
 def _unlocked(process: Process) -> str | None:
-    """Unlocked memory. Counted in mappings, so that it costs no walk of page tables."""
-    spans = 0
-    for line in (process.folder / "maps").read_bytes().split(b"\n"):
-        if line.endswith(_UNLOCKABLE):
-            first, last = (int(word, 16) for word in line.split(b" ")[0].split(b"-"))
-            spans += (last - first) >> 10
-    unlocked = process.kilobytes("VmSize") - process.kilobytes("VmLck") - spans
-    return f"{unlocked} kB can be swapped out" if unlocked > 0 else None
+    """Unlocked memory: mapping by mapping, for VmLck drifts with mremap() on some kernels."""
+    unlocked = size = 0
+    name = b""
+    for line in (process.folder / "smaps").read_bytes().split(b"\n"):
+        if line.startswith(b"Size:"):
+            size = int(line.split()[1])
+        elif line.startswith(b"VmFlags:"):
+            flags = set(line.split()[1:])
+            if b"lo" not in flags and not flags & _UNLOCKABLE and not name.endswith(b" [vsyscall]"):
+                unlocked += size
+        elif re.match(rb"[0-9a-f]+-", line):
+            name = line
+    return f"{unlocked} kB can be swapped out" if unlocked else None
 
 
 def _swappable_region(process: Process) -> str | None:
