@@ -3,11 +3,13 @@
     load.py PAGES_FILE MIB SEED [ROUNDS]
 
 Fills MIB of anonymous memory with pages of PAGES_FILE, each marked with its number, then reads
-every page back in random order and compares, ROUNDS times. Exits 0 when every byte was right.
+every page back in random order and compares, ROUNDS times, or until SIGTERM. Exits 0 when every
+byte was right.
 """
 
 import mmap
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -32,9 +34,13 @@ def main() -> int:
         memory[number * PAGE : (number + 1) * PAGE] = expected(number)
     order = list(range(count))
     wrong = 0
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     for _ in range(rounds):
         random.Random(seed).shuffle(order)
         for number in order:
+            if stop:
+                break
             if memory[number * PAGE : (number + 1) * PAGE] != expected(number):
                 wrong += 1
     print(f"{count} pages, {wrong} wrong")

@@ -5,6 +5,7 @@ has done, in the reverse order.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ ZSWAPFS = (sys.executable, "-P", "-m", "zswapfs")
 PRIORITY = "32767"
 """Of the swap under test: above whatever else is on."""
 TIMEOUT = 60
+_numbers = itertools.count()
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -236,7 +238,7 @@ def cgroup(mib: int) -> Iterator[Path]:
             if "memory" not in control.read_text().split():
                 stack.callback(control.write_text, "-memory")
                 control.write_text("+memory")
-        group = root / f"zswapfs-bench-{os.getpid()}"
+        group = root / f"zswapfs-bench-{os.getpid()}-{next(_numbers)}"
         group.mkdir()
         stack.callback(_empty, group)
         (group / limit).write_text(str(mib << 20))

@@ -151,8 +151,8 @@ static void test_lanes_show_what_they_do(void **state)
 /* Whatever a dead worker's lane was at. */
 static void test_new_lanes_begin_idle(void **state)
 {
-	off_t at = (off_t)(offsetof(struct region_header, journal) +
-			   offsetof(struct journal, lanes));
+	off_t at =
+		(off_t)(offsetof(struct region_header, journal) + offsetof(struct journal, lanes));
 	uint64_t odd = 77;
 	uint64_t sum;
 	struct world w;
