@@ -143,6 +143,7 @@ static void serve_long(struct lane *lane, struct buffer *buffer)
 		request_serve(sw, buffer);
 		buffer_give(sw, buffer);
 	}
+	journal_end(lane->journal); /* parked on the token, for ever maybe, it has nothing to do */
 	pthread_mutex_lock(&sw->token);
 }
 

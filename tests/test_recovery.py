@@ -428,3 +428,13 @@ def test_others_are_kept_out(mounted: Mounted) -> None:
 
 def _worker_of(mounted: Mounted) -> int:
     return _processes(mounted)[1]
+
+
+@pytest.mark.mounted
+def test_a_lane_that_has_served_a_long_request_may_rest(mount: Callable[..., Mounted]) -> None:
+    """It waits for its turn to read, which on an idle mount does not come: that is no hang."""
+    mounted = mount(heartbeat=1)
+    with mounted.file.open("r+b", buffering=0) as file:
+        file.write(os.urandom(256 << 10))
+    time.sleep(3)
+    assert mounted.stats()["Restarts"] == 0
