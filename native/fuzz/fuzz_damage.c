@@ -88,10 +88,12 @@ static void flip_slot(uint64_t i, uint32_t bit)
 static void flip_arena(uint32_t at, uint32_t bit)
 {
 	struct region *region = store->region;
-	uint32_t c = at / region->chunk_bytes % region_nr_touched(region);
+	uint32_t nr = region_nr_touched(region);
+	uint32_t c = nr ? at / region->chunk_bytes % nr : 0;
 
 	/* READY chunks are the keeper's, and nobody looks at them until they are used. */
-	if (region->chunks[c].state != CHUNK_USED && region->chunks[c].state != CHUNK_WHOLE)
+	if (!nr ||
+	    (region->chunks[c].state != CHUNK_USED && region->chunks[c].state != CHUNK_WHOLE))
 		return;
 	nr_all_flips++;
 	region->arena[(uint64_t)c * region->chunk_words + at / 4 % region->chunk_words] ^=
