@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,8 @@ def _refuse_dead_swap() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _clean_slate() -> None:
     """Take down what a killed run left."""
+    # A shell's background jobs ignore it, and so would whatever is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     root = cgroup_root()
     if missing() is not None or root is None:
         return

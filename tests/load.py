@@ -37,6 +37,8 @@ def main() -> int:
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     for _ in range(rounds):
+        if stop:
+            break
         random.Random(seed).shuffle(order)
         for number in order:
             if stop:

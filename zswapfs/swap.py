@@ -79,21 +79,24 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
     tool = shutil.which(words[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if tool is None:
         raise SetupError(f"{words[0]}: not installed (packages util-linux and mount)")
-    process = subprocess.Popen(
-        [tool, *words[1:]],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="surrogateescape",
-        pass_fds=_held_locks,
-    )
+    process = None
     try:
+        with signals_deferred():  # or it might be there, and not be known
+            process = subprocess.Popen(
+                [tool, *words[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="surrogateescape",
+                pass_fds=_held_locks,
+            )
         out, complaint = process.communicate(timeout=timeout)
     except BaseException as error:
-        with signals_blocked():
-            process.kill()
-            process.communicate()
+        if process is not None:
+            with signals_deferred():
+                process.kill()
+                process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise SetupError(f"{words[0]}: no answer in {timeout} s") from None
         raise
@@ -104,14 +107,21 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
 
 
 @contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Have SIGINT and SIGTERM wait until the end."""
+def signals_deferred() -> Iterator[None]:
+    """Have SIGINT and SIGTERM come at the end. Not by a mask, which tools would inherit."""
+    came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    before = {
+        number: signal.signal(number, lambda which, _frame: came.append(which))
+        for number in numbers
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for which in came:
+            signal.raise_signal(which)
 
 
 def _unescape(word: bytes) -> str:
