@@ -121,7 +121,8 @@ struct region {
 	uint64_t fresh;	   /* page of the slot table touched last for the first time, plus 1 */
 	uint64_t fresh_before[REGION_NR_FRESH]; /* the keeper's: those that it saw before */
 	uint32_t nr_fresh;
-	uint64_t *ahead;	 /* the keeper's: a bit for each such page that it populated */
+	uint64_t *ahead;    /* a bit for each such page that the keeper populated; under lock */
+	uint32_t nr_unused; /* of these, not touched yet */
 	_Atomic bool words_used; /* a word was put into the word table */
 	bool stop;
 	pthread_t keeper;
@@ -257,13 +258,15 @@ static inline bool region_touched(const struct region *region, uint64_t index)
 static inline void region_touch(struct region *region, uint64_t index)
 {
 	uint64_t page = index / TABLE_SLOTS;
+	uint64_t bit = 1ULL << page % 64;
+	uint64_t before;
 
 	if (region_touched(region, index))
 		return;
-	atomic_fetch_or_explicit(&region->map[page / 64], 1ULL << page % 64, memory_order_acq_rel);
-	atomic_fetch_or_explicit(&region->map_copy[page / 64], 1ULL << page % 64,
-				 memory_order_acq_rel);
-	region_note_fresh(region, page);
+	before = atomic_fetch_or_explicit(&region->map[page / 64], bit, memory_order_acq_rel);
+	atomic_fetch_or_explicit(&region->map_copy[page / 64], bit, memory_order_acq_rel);
+	if (!(before & bit))
+		region_note_fresh(region, page);
 }
 
 #endif

@@ -8,29 +8,37 @@
  * takes fresh clusters in an order of its own, one behind the other or in equal steps (several
  * CPUs at once, so not quite in order). Where a cluster that is touched for the first time has
  * two touched ones before it in equal steps, those in such steps behind it are populated. What is
- * guessed wrong costs a few pages; a lane that comes first, or elsewhere, gets its memory itself.
+ * guessed wrong costs MAX_UNUSED pages at the most; a lane that comes first, or elsewhere, gets its
+ * memory itself.
  *
  * The word table has two pages for each of these; they follow once any word was ever put there.
  */
 #include "region.h"
 
-#define TABLE_AHEAD 6 /* pages of the slot table */
-#define MAX_STEP 64   /* clusters; larger steps are likely chance */
+#define TABLE_AHEAD 6  /* pages of the slot table */
+#define MAX_STEP 64    /* clusters; larger steps are likely chance */
+#define MAX_UNUSED 128 /* pages populated ahead, and not touched yet: 512 KiB */
 
 static uint64_t nr_table_pages(const struct region *region)
 {
 	return (region->geometry.nr_pages + TABLE_SLOTS - 1) / TABLE_SLOTS;
 }
 
-/* Remember that a page was populated; returns whether it was not before. */
+/* Remember that a page is populated; returns whether it shall be, and was not before. */
 static bool take_page(struct region *region, uint64_t page)
 {
 	uint64_t bit = 1ULL << page % 64;
+	bool take;
 
-	if (region->ahead[page / 64] & bit || region_touched(region, page * TABLE_SLOTS))
-		return false;
-	region->ahead[page / 64] |= bit;
-	return true;
+	pthread_mutex_lock(&region->lock);
+	take = !(region->ahead[page / 64] & bit) && region->nr_unused < MAX_UNUSED &&
+	       !region_touched(region, page * TABLE_SLOTS);
+	if (take) {
+		region->ahead[page / 64] |= bit;
+		region->nr_unused++;
+	}
+	pthread_mutex_unlock(&region->lock);
+	return take;
 }
 
 static void populate_page(struct region *region, uint64_t page)
@@ -89,6 +97,9 @@ void region_note_fresh(struct region *region, uint64_t page)
 {
 	pthread_mutex_lock(&region->lock);
 	region->fresh = page + 1;
+	/* The bit stays: the page is not populated again. */
+	if (region->ahead[page / 64] >> page % 64 & 1)
+		region->nr_unused--;
 	pthread_cond_signal(&region->work);
 	pthread_mutex_unlock(&region->lock);
 }

@@ -36,7 +36,7 @@ def test_store(tmp_path: Path) -> None:
     assert "store/LZ4" in out
     assert all(result["speed"][0]["write"][who] > 0 for who in ("codec_1", "codec_2", "store_2"))
     assert result["scale"][0]["read"]["many_ns"] > 0
-    assert result["sparse"]["table_bytes"] < 64 << 20
+    assert result["sparse"]["table_bytes"] < 48 << 20
 
 
 @pytest.mark.swapped
