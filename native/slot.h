@@ -8,9 +8,12 @@
  *  +--------+------------------------+----------+-----+----+-------+
  *
  * EMPTY: everything but lock and age is zero, so fresh memory is a table of empty pages.
- * SAME:  the 50 bits of place and length hold the repeated word when it fits.
+ * SAME:  the 50 bits of place and length hold the repeated word when it has 32 bits, and 18 that
+ *        follow from it: flipped state bits of a slot with a block must not pass for a word.
  * WORD0, WORD1: the repeated word is in the word table, which has two places for each slot, so
- *        that the old word stays until the slot has changed.
+ *        that the old word stays until the slot has changed. Place and length hold 50 bits that
+ *        follow from the word and are never all zero: a flip of the state bits leads to the other
+ *        place, or to EMPTY, and what is there must not pass by chance.
  * LZ4, RAW: place is the block, in 4-byte words from the arena's start; length is in bytes. Bits
  *        that no place in this arena needs hold the tie: as many low bits of the block's checksum.
  *
@@ -49,6 +52,7 @@ enum slot_state {
 #define SLOT_PLACE_BITS 38
 #define SLOT_CHECK_SHIFT 56
 #define SLOT_VALUE_BITS (SLOT_LENGTH_BITS + SLOT_PLACE_BITS)
+#define SLOT_WORD_BITS 32 /* of a word that is in the slot itself */
 #define SLOT_FIELDS (~0ULL >> (64 - SLOT_CHECK_SHIFT) & ~(SLOT_LOCK | SLOT_AGE_MASK))
 
 extern const uint8_t slot_crc8_table[256];
@@ -84,16 +88,44 @@ static inline bool slot_is_same(uint64_t word)
 	return slot_state(word) == SLOT_STATE_SAME || slot_has_word(word);
 }
 
+static inline uint64_t slot_mix(uint64_t value)
+{
+	return (value ^ value >> 32) * 0x9e3779b97f4a7c15ULL;
+}
+
+/* What a slot has in place and length for its word, where that is in the word table. */
+static inline uint64_t slot_word_field(uint64_t value)
+{
+	return slot_mix(value) >> (64 - SLOT_VALUE_BITS) | 1;
+}
+
+static inline bool slot_word_fits(uint64_t value)
+{
+	return value >> SLOT_WORD_BITS == 0;
+}
+
+/* Likewise, where the word is there itself. */
+static inline uint64_t slot_same_field(uint64_t value)
+{
+	return value | slot_mix(value) >> (64 - SLOT_VALUE_BITS + SLOT_WORD_BITS) << SLOT_WORD_BITS;
+}
+
 /* Where in the word table the word of slot @index in @state is. */
 static inline uint64_t slot_word_at(uint64_t index, enum slot_state state)
 {
 	return 2 * index + (state == SLOT_STATE_WORD1);
 }
 
+/* What a slot without a block has in place and length. */
+static inline uint64_t slot_field(uint64_t word)
+{
+	return word >> SLOT_LENGTH_SHIFT & ((1ULL << SLOT_VALUE_BITS) - 1);
+}
+
 /* The repeated word of a SAME slot. */
 static inline uint64_t slot_value(uint64_t word)
 {
-	return word >> SLOT_LENGTH_SHIFT & ((1ULL << SLOT_VALUE_BITS) - 1);
+	return slot_field(word) & ((1ULL << SLOT_WORD_BITS) - 1);
 }
 
 static inline uint8_t slot_crc8(uint8_t crc, uint64_t bits, int nr_bytes)

@@ -160,10 +160,14 @@ int store_seal_target(const struct store *store, uint64_t index, uint64_t word, 
 	const struct block_tag *tag;
 
 	*target = 0;
-	if (slot_has_word(word))
+	if (slot_has_word(word)) {
 		*target = atomic_load_explicit(
 			&store->region->words[slot_word_at(index, slot_state(word))],
 			memory_order_relaxed);
+		return slot_field(word) == slot_word_field(*target) ? 0 : -EIO;
+	}
+	if (slot_state(word) == SLOT_STATE_SAME)
+		return slot_field(word) == slot_same_field(slot_value(word)) ? 0 : -EIO;
 	if (!slot_has_block(word))
 		return 0;
 	if (!arena_holds(&store->arena, store_place(store, word), slot_length(word)))
@@ -239,9 +243,7 @@ void store_stage(struct scratch *s, uint32_t i, const void *page)
 
 	*staged = (struct staged){.state = SLOT_STATE_RAW, .length = PAGE_BYTES, .payload = page};
 	if (codec_same_filled(page, &staged->value)) {
-		bool fits = staged->value >> SLOT_VALUE_BITS == 0;
-
-		staged->state = fits ? SLOT_STATE_SAME : SLOT_STATE_WORD0;
+		staged->state = slot_word_fits(staged->value) ? SLOT_STATE_SAME : SLOT_STATE_WORD0;
 		return;
 	}
 	staged->length = codec_compress(s->codec_state, page, s->compressed[i]);
@@ -306,7 +308,8 @@ static void fill_block(struct store *store, struct staged *staged, uint64_t inde
 	struct block_tag *tag;
 
 	if (staged->state == SLOT_STATE_SAME) {
-		staged->word = slot_seal(SLOT_STATE_SAME | staged->value << SLOT_LENGTH_SHIFT, 0);
+		staged->word = slot_seal(
+			SLOT_STATE_SAME | slot_same_field(staged->value) << SLOT_LENGTH_SHIFT, 0);
 		return;
 	}
 	if (staged->state == SLOT_STATE_WORD0) {
@@ -315,7 +318,9 @@ static void fill_block(struct store *store, struct staged *staged, uint64_t inde
 		atomic_store_explicit(&store->region->words[slot_word_at(index, staged->state)],
 				      staged->value, memory_order_relaxed);
 		atomic_store_explicit(&store->region->words_used, true, memory_order_relaxed);
-		staged->word = slot_seal(staged->state, staged->value);
+		staged->word = slot_seal((uint64_t)staged->state | slot_word_field(staged->value)
+									   << SLOT_LENGTH_SHIFT,
+					 staged->value);
 		return;
 	}
 	memcpy(arena_payload(&store->arena, staged->place), staged->payload, staged->length);

@@ -12,7 +12,7 @@
 #define STORE_MAX_PAGES 268435456 /* 1 TiB of content; what a slot's place can address */
 #define STORE_MIN_CHUNK_BYTES 4096
 #define STORE_MAX_CHUNK_BYTES 65536
-#define REGION_FORMAT 3 /* version of the layout; a region of another version is refused */
+#define REGION_FORMAT 4 /* version of the layout; a region of another version is refused */
 #define SWITCH_MAX_LANES 64
 
 /* Flags of region_memory(). */
