@@ -98,7 +98,7 @@ def find_daemon(mountpoint: Path, root: Path = Path("/")) -> tuple[Process, Proc
 def _unlocked(process: Process) -> str | None:
     """Unlocked memory: mapping by mapping, for VmLck drifts with mremap() on some kernels."""
     unlocked = size = 0
-    name = b""
+    name, first = b"", b""
     for line in (process.folder / "smaps").read_bytes().split(b"\n"):
         if line.startswith(b"Size:"):
             size = int(line.split()[1])
@@ -106,9 +106,11 @@ def _unlocked(process: Process) -> str | None:
             flags = set(line.split()[1:])
             if b"lo" not in flags and not flags & _UNLOCKABLE and not name.endswith(b" [vsyscall]"):
                 unlocked += size
+                first = first or name
         elif re.match(rb"[0-9a-f]+-", line):
             name = line
-    return f"{unlocked} kB can be swapped out" if unlocked else None
+    what = os.fsdecode(first.split(b" ")[-1]) or "nameless"
+    return f"{unlocked} kB can be swapped out ({what})" if unlocked else None
 
 
 def _swappable_region(process: Process) -> str | None:
