@@ -196,6 +196,7 @@ def test_a_stopped_worker_is_replaced(mount: Callable[..., Mounted]) -> None:
     mounted = mount(heartbeat=1)
     _write(mounted, _pattern(3))
     worker = _processes(mounted)[1]
+    time.sleep(0.5)  # close() is told to the daemon later
     os.kill(worker, signal.SIGSTOP)
     time.sleep(3)
     assert _processes(mounted)[1] == worker
@@ -209,13 +210,13 @@ def test_a_stopped_worker_is_replaced(mount: Callable[..., Mounted]) -> None:
 @pytest.mark.mounted
 def test_busy_and_idle_workers_are_left_alone(mount: Callable[..., Mounted]) -> None:
     """Long compactions, page I/O and nothing at all are no hangs."""
-    mounted = mount(heartbeat=1)
+    mounted = mount(heartbeat=2)
     end = time.monotonic() + 4
     with mounted.file.open("r+b", buffering=0) as file:
         while time.monotonic() < end:
             file.seek(random.randrange(1000) * 4096)
             file.write(_pattern(4))
-    time.sleep(3)
+    time.sleep(5)
     assert mounted.stats()["Restarts"] == 0
 
 
