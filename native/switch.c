@@ -185,7 +185,6 @@ static void *lane_run(void *arg)
 	struct fuse_switch *sw = lane->sw;
 
 	touch_stack();
-	journal_end(lane->journal);
 	pthread_mutex_lock(&sw->token);
 	while (!sw->ended && lane_step(lane))
 		;
@@ -279,6 +278,7 @@ int switch_create(struct fuse_switch **out, struct store *store,
 	for (uint32_t i = 0; i < options->nr_lanes; i++) {
 		sw->lanes[i].sw = sw;
 		sw->lanes[i].journal = &sw->journal->lanes[i];
+		journal_end(sw->lanes[i].journal);
 	}
 	sw->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	rv = sw->wake_fd < 0 ? -errno : map_memory(sw);

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT, Mounted, Swapped, cgroup_root, mount_strange, run, zswapfs
+from conftest import TIMEOUT, ZSWAPFS, Mounted, Swapped, cgroup_root, mount_strange, run, zswapfs
 
 from zswapfs import supervisor
 from zswapfs.heartbeat import Heartbeat
@@ -188,6 +188,20 @@ def test_without_its_supervisor_a_worker_goes_on(mounted: Mounted) -> None:
     assert "its supervisor is gone" in done.stderr
     assert run("umount", mounted.path).returncode == 0
     _wait_for(lambda: not Path(f"/proc/{worker}").exists())
+
+
+@pytest.mark.mounted
+def test_who_mounts_may_ignore_its_children(place: Path) -> None:
+    """Which every program that it starts inherits, and then nobody could be waited for."""
+    script = 'trap \'\' CHLD; exec "$0" mount "$1" -o size=64M'
+    assert run("sh", "-c", script, ZSWAPFS, place).returncode == 0
+    mounted = Mounted(place)
+    _write(mounted, _pattern(5))
+    worker = _processes(mounted)[1]
+    os.kill(worker, signal.SIGKILL)
+    _new_worker(mounted, worker)
+    assert _read(mounted) == _pattern(5)
+    assert mounted.stats()["Restarts"] == 1
 
 
 @pytest.mark.mounted

@@ -170,7 +170,7 @@ class _Worker:
 def _has_requests(fuse_fd: int) -> bool:
     poll = select.poll()
     poll.register(fuse_fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 class Supervisor:
@@ -246,7 +246,8 @@ class Supervisor:
             if look_at is not None and now >= look_at:
                 look_at = now + interval
                 waiting = _has_requests(self._mount.fuse_fd)
-                if heartbeat.hangs(lane_steps(self._mount.region_fd), waiting=waiting):
+                steps = lane_steps(self._mount.region_fd)[: self._mount.options.lanes]
+                if heartbeat.hangs(steps, waiting=waiting):
                     self._complain("the worker hangs")
                     os.kill(process.pid, signal.SIGKILL)
 
@@ -384,7 +385,8 @@ def serve(mount: Mount, ready_fd: int) -> int:
     if mount.worker:
         with suppress(ProcessLookupError):
             os.kill(mount.worker, signal.SIGKILL)
-        os.waitpid(mount.worker, 0)
+        with suppress(ChildProcessError):
+            os.waitpid(mount.worker, 0)
     else:
         mount = replace(mount, region_fd=_new_region(mount, missing, ready_fd))
     gc.collect()
@@ -404,6 +406,8 @@ def _probe(region_fd: str, words: str) -> None:
 
 def main() -> None:
     """Be the daemon."""
+    # Where it is ignored, which is inherited, nobody can wait for a worker.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if sys.argv[1] == _PROBE:
         _probe(*sys.argv[2:])
         return

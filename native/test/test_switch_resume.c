@@ -118,33 +118,40 @@ static uint32_t nr_busy(const struct world *w, uint64_t *sum)
 	return nr;
 }
 
+/* Wait until that many lanes have a request. Return: the sum of all steps then. */
+static uint64_t await_busy(const struct world *w, uint32_t nr)
+{
+	uint64_t sum;
+	int tries = 0;
+
+	while (nr_busy(w, &sum) != nr) {
+		assert_true(tries++ < 10000);
+		usleep(1000);
+	}
+	return sum;
+}
+
 static void test_lanes_show_what_they_do(void **state)
 {
-	uint64_t before, after;
+	uint64_t idle, busy, sum;
 	struct world w;
 
 	(void)state;
 	start_with(&w, 2, 0);
-	assert_int_equal(nr_busy(&w, &before), 0);
+	idle = await_busy(&w, 0);
 	/* A page's write does not end: nothing can be allocated. */
 	arena_lock(&w.store->arena);
 	fill(pattern, 0, PAGE_BYTES, 5);
 	make_write(&w, 0, PAGE_BYTES, pattern);
 	post(&w);
-	for (int i = 0; !nr_busy(&w, &after) && i < 1000; i++)
-		usleep(1000);
-	assert_int_equal(nr_busy(&w, &after), 1);
-	assert_true(after != before);
-	before = after;
+	busy = await_busy(&w, 1);
+	assert_true(busy != idle);
 	usleep(20000);
-	assert_int_equal(nr_busy(&w, &after), 1);
-	assert_true(after == before);
+	assert_int_equal(nr_busy(&w, &sum), 1);
+	assert_true(sum == busy);
 	arena_unlock(&w.store->arena);
 	assert_int_equal(answer(&w), 0);
-	for (int i = 0; nr_busy(&w, &after) && i < 1000; i++)
-		usleep(1000);
-	assert_int_equal(nr_busy(&w, &after), 0);
-	assert_true(after != before);
+	assert_true(await_busy(&w, 0) != busy);
 	stop(&w);
 }
 
@@ -154,16 +161,13 @@ static void test_new_lanes_begin_idle(void **state)
 	off_t at =
 		(off_t)(offsetof(struct region_header, journal) + offsetof(struct journal, lanes));
 	uint64_t odd = 77;
-	uint64_t sum;
 	struct world w;
 
 	(void)state;
 	serve_and_end(&w);
 	assert_int_equal(pwrite(w.region_fd, &odd, sizeof(odd), at), sizeof(odd));
 	take_over(&w);
-	for (int i = 0; nr_busy(&w, &sum) && i < 1000; i++)
-		usleep(1000);
-	assert_int_equal(nr_busy(&w, &sum), 0);
+	await_busy(&w, 0);
 	stop(&w);
 }
 
