@@ -83,6 +83,11 @@ def _swapped_kb() -> int:
     return sum(int(words[3]) for words in lines if words[4] == "32767")
 
 
+def _groups_of(pid: int) -> list[Path]:
+    """Return the memory cgroups of a benchmark."""
+    return list(Path("/sys/fs/cgroup").glob(f"**/zswapfs-bench-{pid}-*"))
+
+
 @pytest.mark.swapped
 def test_swap_interrupted(tmp_path: Path) -> None:
     """SIGTERM in the middle of a load: the system is as it was."""
@@ -96,7 +101,8 @@ def test_swap_interrupted(tmp_path: Path) -> None:
             assert time.monotonic() < end
             time.sleep(0.05)
         assert _state() != before
+        assert _groups_of(running.pid)
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) == 128 + signal.SIGTERM
     assert _state() == before
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/zswapfs-bench-{running.pid}"))
+    assert not _groups_of(running.pid)
