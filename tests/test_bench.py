@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from conftest import TOP
 
+sys.path.insert(0, str(TOP / "contrib/bench"))
+import daemons
+
 
 def _bench(name: str, prefix: Path, *words: object, timeout: float = 150) -> tuple[str, Any]:
     """Run a benchmark; return what it printed, and its JSON."""
@@ -48,6 +51,59 @@ def test_device(tmp_path: Path) -> None:
     for targets in result.values():
         assert list(targets) == ["zswapfs", "zswapfs, file", "tmpfs", "tmpfs, file"]
         assert all(run["iops"] > 0 for runs in targets.values() for run in runs)
+
+
+def _until(trap: str) -> list[str]:
+    """Return the words of a load that does this when it is told to end."""
+    return ["sh", "-c", f"trap '{trap}; exit 0' TERM; echo ready >&2; while :; do sleep 0.1; done"]
+
+
+@pytest.mark.swapped
+@pytest.mark.parametrize(
+    ("words", "verdict", "is_good"),
+    [
+        (_until("echo 9 pages, 0 wrong, 12 compared"), daemons.COMPARED, True),
+        (_until("echo 9 pages, 0 wrong, 0 compared"), daemons.COMPARED, False),
+        (_until("echo 9 pages, 10 wrong, 12 compared"), daemons.COMPARED, False),
+        (["sh", "-c", "echo ready; exec sleep 99"], daemons.COMPARED, False),
+        (["sh", "-c", "echo ready; exec sleep 99"], None, True),
+        (_until("echo verify: bad"), None, False),
+        (["echo", "ready, 9 pages, 0 wrong, 12 compared"], daemons.COMPARED, False),
+        (["echo", "ready"], None, False),
+    ],
+)
+def test_loads_that_end(words: list[str], verdict: str | None, *, is_good: bool) -> None:
+    """Only what ended when told to, and said what it should, has done its work."""
+    with daemons.load("x", 64, *words, verdict=verdict) as load:
+        assert load.process.stdout is not None
+        assert load.process.stdout.read(5) == "ready"
+        if words[0] == "echo":
+            load.process.wait()
+        assert (load.end() == []) == is_good
+
+
+@pytest.mark.mounted
+def test_a_kernel_log_that_lost_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no quiet kernel of which nothing is known."""
+    logs = []
+    with daemons.kernel_log() as said:
+        logs.append(daemons.system.run("dmesg"))
+        monkeypatch.setattr(daemons.system, "run", lambda _: logs[-1])
+    assert said == []
+    logs.append(logs[0].rpartition("zswapfs-bench: ")[2] + "[ 9.0] Oops")
+    with daemons.kernel_log() as said:
+        pass
+    assert [line[:4] for line in said] == ["the ", "[ 9."]
+
+
+@pytest.mark.swapped
+def test_recovery(tmp_path: Path) -> None:
+    """Workers die under loads that compare, and nothing is wrong."""
+    words = ("--kills", 2, "--mib", 128, "--limit", 80, "--warm-up", 8)
+    _, result = _bench("recovery", tmp_path / "r", *words)
+    assert result["wrong"] == []
+    assert result["pages_swapped"] > 1000
+    assert [len(each) for each in result["takeover_seconds"].values()] == [2, 2]
 
 
 LOADS = ["fill", "random", "seqread", "rewrite", "four", "forks"]
