@@ -76,15 +76,16 @@ def test_all_works_within_the_units_limits(
 ) -> None:
     """Swap under load, a worker that dies, a restart, and the way down."""
     swap = swapped_on("--size", "512M")
-    load = swap.load(64, sys.executable, LOAD, corpus_file, 160, 5, 4)
+    load = swap.load(64, sys.executable, LOAD, corpus_file, 160, 5, 100)
     os.kill(max(swap.daemon()), signal.SIGKILL)
-    end = time.monotonic() + TIMEOUT
+    end = time.monotonic() + 2 * TIMEOUT
     while swap.stats()["Restarts"] < 1 or swap.stats()["PagesStored"] < 10_000:
         assert time.monotonic() < end
         time.sleep(0.05)
     done = zswapfs("restart", swap.path)
     assert done.returncode == 0, done.stderr
-    out, _ = load.communicate(timeout=TIMEOUT)
+    load.send_signal(signal.SIGUSR1)
+    out, _ = load.communicate(timeout=2 * TIMEOUT)
     assert (load.returncode, " 0 wrong" in out) == (0, True), out
     (swap.path / ".compact").write_text("1")
     found = {
