@@ -6,7 +6,6 @@ step that was killed leaves nothing that the next one could not see.
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -20,11 +19,11 @@ import click
 
 from .config import run_file
 from .errors import ConfigError, SetupError
+from .mount import mount_source, proc_lines, unescape
 
 TIMEOUT = 60
 """Seconds that any tool but swapoff may take."""
 LABEL = "zswapfs"
-FSTYPE = "fuse.zswapfs"
 SOURCE_UP = "zswapfs-up"
 """What /proc/mounts names a mount that ``up`` made: it may be taken down without a question."""
 SOURCE_MOUNT = "zswapfs"
@@ -124,31 +123,11 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(which)
 
 
-def _unescape(word: bytes) -> str:
-    """Undo the octal escapes of /proc."""
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), word))
-
-
-def _lines(path: str) -> list[list[bytes]]:
-    """Return the words of a file that names paths, in which all but blank and tab may occur."""
-    lines = Path(path).read_bytes().split(b"\n")
-    return [re.split(rb"[ \t]+", line) for line in lines if line]
-
-
-def mount_source(mountpoint: Path) -> str | None:
-    """Return the source of the zswapfs that is mounted there, or None."""
-    source = None
-    for words in _lines("/proc/self/mounts"):
-        if _unescape(words[1]) == str(mountpoint):
-            source = _unescape(words[0]) if words[2] == FSTYPE.encode() else None
-    return source
-
-
 def active_swaps() -> list[Swap]:
     """Return what /proc/swaps lists."""
     swaps = []
-    for device, _, size, used, priority in _lines("/proc/swaps")[1:]:
-        swaps.append(Swap(_unescape(device), int(size) << 10, int(used) << 10, int(priority)))
+    for device, _, size, used, priority in proc_lines("/proc/swaps")[1:]:
+        swaps.append(Swap(unescape(device), int(size) << 10, int(used) << 10, int(priority)))
     return swaps
 
 
@@ -252,10 +231,10 @@ def groups_below(root: Path) -> list[Group]:
 
 
 def _group_roots() -> Iterator[Path]:
-    for words in _lines("/proc/self/mounts"):
+    for words in proc_lines("/proc/self/mounts"):
         _, path, kind, options = words[:4]
         if kind == b"cgroup2" or (kind == b"cgroup" and b"memory" in options.split(b",")):
-            yield Path(_unescape(path))
+            yield Path(unescape(path))
 
 
 def _check_room(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
