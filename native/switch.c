@@ -96,11 +96,12 @@ static void wait_for_request(struct fuse_switch *sw, struct buffer *own, uint64_
 	if (sw->awake && poll(&fd, 1, AWAKE_MS) > 0)
 		return;
 	keep_awake(sw, false);
-	if (!sw->nr_close) {
+	sw->nr_close = 0;
+	if (!sw->unwiped)
 		poll(&fd, 1, -1);
-	} else if (poll(&fd, 1, WIPE_AFTER_MS) > 0 || buffers_wipe(sw, own)) {
-		sw->nr_close = 0;
-	}
+	/* What poll() has seen may be gone when it is read: its task was killed. */
+	else if (poll(&fd, 1, WIPE_AFTER_MS) <= 0)
+		sw->unwiped = !buffers_wipe(sw, own);
 }
 
 /* Context: holds the token. Return: length of the message, -errno of the end. */
@@ -165,6 +166,7 @@ static bool lane_step(struct lane *lane)
 	}
 	journal_begin(lane->journal);
 	sw->nr_close++;
+	sw->unwiped = true;
 	if (buffer->used < (size_t)n)
 		buffer->used = (size_t)n;
 	request_parse(sw, buffer->message, (size_t)n, request);

@@ -93,7 +93,8 @@ struct fuse_switch {
 	pthread_mutex_t token;
 	/* Under the token. */
 	bool ended;
-	uint32_t nr_close; /* requests since the last sleep, or still in buffers */
+	uint32_t nr_close; /* requests since the last sleep */
+	bool unwiped;	   /* may buffers hold content? */
 	bool spins;	   /* was the last request a read? */
 	bool awake;	   /* are the CPUs kept from sleeping? */
 	int error;	   /* what ended it: 0 (unmounted) or -errno */

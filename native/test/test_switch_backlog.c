@@ -6,6 +6,25 @@
 #include "fake_kernel.h"
 #include "store.h"
 
+#ifndef HAS_TSAN	 /* it would not see what poll() orders */
+#define WIPE_AFTER_MS 10 /* nobody else waits that long */
+
+/* The next so many polls of a lane that has content in its buffers see a request that is taken
+ * back before it is read. */
+static _Atomic int polls_mistaken;
+
+int poll(struct pollfd *fds, nfds_t nr, int ms)
+{
+	struct timespec t = {ms / 1000, ms % 1000 * 1000000L};
+
+	if (ms == WIPE_AFTER_MS && atomic_load(&polls_mistaken) > 0) {
+		atomic_fetch_sub(&polls_mistaken, 1);
+		return 1;
+	}
+	return ppoll(fds, nr, ms < 0 ? NULL : &t, NULL);
+}
+#endif
+
 /* Post a write of 16 pages; return its unique. */
 static uint64_t post_long_write(struct world *w, uint64_t offset)
 {
@@ -118,6 +137,27 @@ static void test_buffers_keep_nothing(void **state)
 	assert_false(holds_marker(w.sw, marker));
 	stop(&w);
 }
+
+/* A task that is killed takes its request back, between poll() and read(). */
+static void test_buffers_keep_nothing_when_a_request_is_taken_back(void **state)
+{
+	uint8_t marker[16];
+	struct world w;
+	int tries = 0;
+
+	(void)state;
+	start_with(&w, 3, 0);
+	for (uint32_t i = 0; i < sizeof(pattern); i++)
+		pattern[i] = (uint8_t)(i % 16 * 17 + 29);
+	memcpy(marker, pattern, sizeof(marker));
+	atomic_store(&polls_mistaken, 1);
+	assert_int_equal(write_at(&w, 0, REQUEST_BYTES, pattern), REQUEST_BYTES);
+	for (; tries < 200 && (atomic_load(&polls_mistaken) || holds_marker(w.sw, marker)); tries++)
+		usleep(10000);
+	assert_int_equal(atomic_load(&polls_mistaken), 0);
+	assert_false(holds_marker(w.sw, marker));
+	stop(&w);
+}
 #endif
 
 /* What was written to a pipe in place of /dev/cpu_dma_latency; -1: nothing within @ms. */
@@ -163,6 +203,7 @@ int main(void)
 		cmocka_unit_test(test_a_full_backlog_is_emptied),
 #ifndef HAS_TSAN
 		cmocka_unit_test(test_buffers_keep_nothing),
+		cmocka_unit_test(test_buffers_keep_nothing_when_a_request_is_taken_back),
 #endif
 		cmocka_unit_test(test_cpus_are_kept_awake_while_requests_come),
 	};
