@@ -141,7 +141,7 @@ static void serve_long(struct lane *lane, struct buffer *buffer)
 	if (buffer->request.kind == REQUEST_WRITE) {
 		backlog_serve(lane, buffer);
 	} else {
-		request_serve(sw, buffer);
+		request_serve(lane, buffer);
 		buffer_give(sw, buffer);
 	}
 	journal_end(lane->journal); /* parked on the token, for ever maybe, it has nothing to do */
@@ -172,7 +172,7 @@ static bool lane_step(struct lane *lane)
 	request_parse(sw, buffer->message, (size_t)n, request);
 	sw->spins = request->kind == REQUEST_READ;
 	if (!request_is_long(request)) {
-		request_serve(sw, buffer);
+		request_serve(lane, buffer);
 		buffer_give(sw, buffer);
 	} else if (request->kind != REQUEST_WRITE || !backlog_put(sw, buffer)) {
 		serve_long(lane, buffer);

@@ -187,10 +187,11 @@ bool request_is_long(const struct request *request);
 
 /**
  * request_serve - answer or forward the request in a buffer
+ * @lane: the caller; has begun a request in the journal
  *
- * Context: a lane; holds the token unless request_is_long().
+ * Context: holds the token unless request_is_long().
  */
-void request_serve(struct fuse_switch *sw, struct buffer *buffer);
+void request_serve(struct lane *lane, struct buffer *buffer);
 
 /** buffer_take - Return: a buffer; there is always one for a lane that holds none. */
 struct buffer *buffer_take(struct fuse_switch *sw);
