@@ -171,7 +171,7 @@ static bool lane_step(struct lane *lane)
 		buffer->used = (size_t)n;
 	request_parse(sw, buffer->message, (size_t)n, request);
 	sw->spins = request->kind == REQUEST_READ;
-	if (!request_is_long(request)) {
+	if (!request_is_long(sw, request)) {
 		request_serve(lane, buffer);
 		buffer_give(sw, buffer);
 	} else if (request->kind != REQUEST_WRITE || !backlog_put(sw, buffer)) {

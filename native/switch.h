@@ -183,7 +183,7 @@ void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t 
 		   struct request *out);
 
 /** request_is_long - may it take long enough that another lane should read meanwhile? */
-bool request_is_long(const struct request *request);
+bool request_is_long(const struct fuse_switch *sw, const struct request *request);
 
 /**
  * request_serve - answer or forward the request in a buffer

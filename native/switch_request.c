@@ -183,11 +183,19 @@ void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t 
 	}
 }
 
-bool request_is_long(const struct request *r)
+/* Who stores a page may have to wait for a chunk. A punch stores where it parts a page. */
+bool request_is_long(const struct fuse_switch *sw, const struct request *r)
 {
-	return (r->kind == REQUEST_READ && r->length > SHORT_READ_BYTES) ||
-	       (r->kind == REQUEST_WRITE && r->length > SHORT_WRITE_BYTES) ||
-	       (r->kind == REQUEST_PUNCH && r->length > SHORT_PUNCH_BYTES);
+	switch (r->kind) {
+	case REQUEST_READ:
+		return r->length > SHORT_READ_BYTES;
+	case REQUEST_WRITE:
+		return r->length > SHORT_WRITE_BYTES || !store_has_ready(sw->store);
+	case REQUEST_PUNCH:
+		return r->length > SHORT_PUNCH_BYTES || !store_has_ready(sw->store);
+	default:
+		return false;
+	}
 }
 
 static void serve_read(struct fuse_switch *sw, struct buffer *buffer)

@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE
 #include "fake_kernel.h"
+#include "pages.h"
 #include "store.h"
 
 #ifndef HAS_TSAN	 /* it would not see what poll() orders */
@@ -108,6 +109,59 @@ static void test_a_full_backlog_is_emptied(void **state)
 	}
 }
 
+/* Have the keeper stand still, and no chunk READY. Return: how many were. */
+static uint32_t take_reserve(struct region *region, uint32_t chunks[], uint32_t max)
+{
+	uint32_t nr = 0;
+
+	pthread_mutex_lock(&region->keeping);
+	while (!region_take_chunk(region, false, &chunks[nr]))
+		assert_true(++nr < max);
+	return nr;
+}
+
+/* A write of a page, of a part of one, or a punch of parts of two. */
+static void post_short(struct world *w, uint32_t i)
+{
+	const uint32_t mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+
+	if (i == 2)
+		make_fallocate(w, SWAP, PAGE_BYTES - 1, 2, mode);
+	else
+		make_write(w, 0, i ? 100 : PAGE_BYTES, pattern);
+	post(w);
+}
+
+/* Short requests may have to wait for the keeper; others do not wait for them. */
+static void test_reads_go_on_when_no_chunk_is_ready(void **state)
+{
+	enum { FULL_CHUNK_BYTES = STORE_MAX_CHUNK_BYTES / PAGE_BYTES * PAGE_BYTES - PAGE_BYTES };
+	uint32_t chunks[64];
+	uint64_t seed = 1;
+	struct world w;
+
+	(void)state;
+	for (uint32_t i = 0; i < 3; i++) {
+		uint32_t nr;
+
+		start_with(&w, 2, 0);
+		/* No room for another raw page in this chunk. */
+		fill_random(pattern, FULL_CHUNK_BYTES, &seed);
+		assert_int_equal(write_at(&w, 0, FULL_CHUNK_BYTES, pattern), FULL_CHUNK_BYTES);
+		nr = take_reserve(w.store->region, chunks, ARRAY_SIZE(chunks));
+		post_short(&w, i);
+		assert_false(readable(w.kernel, 20));
+		make_read(&w, 8 * PAGE_BYTES, PAGE_BYTES);
+		assert_int_equal(ask(&w), 0);
+		pthread_mutex_unlock(&w.store->region->keeping);
+		receive(w.kernel);
+		assert_int_equal(got.out.error, 0);
+		while (nr--)
+			region_give_chunk(w.store->region, chunks[nr]);
+		stop(&w);
+	}
+}
+
 #ifndef HAS_TSAN /* it looks at memory that lanes use */
 static bool holds_marker(const struct fuse_switch *sw, const uint8_t marker[16])
 {
@@ -201,6 +255,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_reads_overtake_writes),
 		cmocka_unit_test(test_a_full_backlog_is_emptied),
+		cmocka_unit_test(test_reads_go_on_when_no_chunk_is_ready),
 #ifndef HAS_TSAN
 		cmocka_unit_test(test_buffers_keep_nothing),
 		cmocka_unit_test(test_buffers_keep_nothing_when_a_request_is_taken_back),
