@@ -75,20 +75,23 @@ void compaction_destroy(struct compaction *c)
 	munmap(c, sizeof(*c));
 }
 
-/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. */
+/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. What the chunk
+ * table says of it may be damaged: blocks for which there is no room stay. */
 static bool add_source(struct store *store, struct compaction *c, uint32_t chunk)
 {
 	const struct chunk *entry = &store->region->chunks[chunk];
 	struct arena_block b = {.place = (uint64_t)chunk << store->region->chunk_shift};
 
-	if (c->nr_sources == MAX_SOURCES || c->live_words + entry->live_words > c->budget ||
+	if (c->nr_sources == MAX_SOURCES || c->nr_moves == MAX_MOVES ||
+	    c->live_words + entry->live_words > c->budget ||
 	    c->nr_moves + entry->nr_blocks > MAX_MOVES)
 		return false;
 	if (arena_isolate(&store->arena, chunk))
 		return true; /* damaged: set aside */
 	c->sources[c->nr_sources++] = chunk;
 	c->live_words += entry->live_words;
-	for (; arena_walk(&store->arena, chunk, &b) > 0; b.place += b.words)
+	for (; c->nr_moves < MAX_MOVES && arena_walk(&store->arena, chunk, &b) > 0;
+	     b.place += b.words)
 		if (!b.is_free)
 			c->moves[c->nr_moves++] = (struct move){b.place, b.words, b.owner};
 	return true;

@@ -283,6 +283,39 @@ static void test_damage_does_not_stop_compaction(void **state)
 	damage_is_no_obstacle(damage_prev);
 }
 
+/* More blocks than one round notes, in chunks that say that they hold one each. */
+static void test_damaged_counts_are_not_believed(void **state)
+{
+	enum { NR_SMALL = 60000, MAX_MOVES = 32768 };
+	int fd = open_memory();
+	struct store *store = open_store(fd, NR_SMALL, 65536, 0, 4 * MIB);
+	uint8_t got[PAGE_BYTES];
+
+	(void)state;
+	for (uint64_t i = 0; i < NR_SMALL; i++) {
+		make_page(page, PAGE_ALMOST_SAME, i);
+		assert_int_equal(store_write(store, i, 1, page), 1);
+	}
+	for (uint64_t i = 0; i < NR_SMALL; i += 5)
+		assert_int_equal(store_discard(store, i, 2), 2);
+	for (uint32_t c = 0; c < region_nr_touched(store->region); c++)
+		if (store->region->chunks[c].state == CHUNK_USED)
+			store->region->chunks[c].nr_blocks = 1;
+	store_compact(store, 1);
+	assert_in_range(stats_of(store).pages_compacted, MAX_MOVES / 2, MAX_MOVES);
+	assert_int_equal(store_rebuild(store), 0);
+	assert_sound(store);
+	for (uint64_t i = 0; i < NR_SMALL; i++) {
+		memset(page, 0, PAGE_BYTES);
+		if (i % 5 >= 2)
+			make_page(page, PAGE_ALMOST_SAME, i);
+		assert_int_equal(store_read(store, i, 1, got), 1);
+		assert_memory_equal(got, page, PAGE_BYTES);
+	}
+	store_destroy(store);
+	close(fd);
+}
+
 /* An empty store, one page, only raw pages, only same-filled ones. */
 static void test_nothing_to_win(void **state)
 {
@@ -314,6 +347,7 @@ int main(void)
 		cmocka_unit_test(test_compaction_at_the_limit),
 		cmocka_unit_test(test_busy_pages_are_skipped),
 		cmocka_unit_test(test_damage_does_not_stop_compaction),
+		cmocka_unit_test(test_damaged_counts_are_not_believed),
 		cmocka_unit_test(test_nothing_to_win),
 	};
 
