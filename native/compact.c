@@ -360,16 +360,34 @@ static uint64_t trim(struct store *store, struct compaction *c)
 	return won;
 }
 
+/* All that can be won now: what no block takes of the chunks that hold blocks. */
+static uint64_t bytes_to_win(struct store *store)
+{
+	const struct arena *arena = &store->arena;
+	uint64_t words;
+
+	arena_yield_lock(&store->arena);
+	words = (arena->nr_chunks - arena->nr_whole) * store->region->chunk_words -
+		arena->live_words;
+	arena_unlock(&store->arena);
+	return words * 4;
+}
+
 int64_t store_compact(struct store *store, uint64_t max_bytes)
 {
 	uint64_t won = 0;
+	uint64_t most;
 	int64_t chunks = 1;
 
 	pthread_mutex_lock(&store->compacting);
+	/* While others write and free, there is something to win after each round, for ever. */
+	most = bytes_to_win(store);
+	if (most > max_bytes)
+		most = max_bytes;
 	/* What a round can win depends on how many fresh chunks it may fill. */
 	region_replenish(store->region);
 	region_hold(store->region, MAX_FRESH);
-	while (chunks > 0 && won < max_bytes) {
+	while (chunks > 0 && won < most) {
 		chunks = compact_round(store, store->compaction);
 		region_settle(store->region);
 		if (chunks > 0)

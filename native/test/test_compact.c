@@ -184,6 +184,44 @@ static void test_compaction_at_the_limit(void **state)
 	}
 }
 
+static struct scene *churned;
+static uint64_t nr_churns;
+
+/* What others may do while compaction runs, between two rounds. */
+void __real_region_settle(struct region *region);
+void __wrap_region_settle(struct region *region);
+void __wrap_region_settle(struct region *region)
+{
+	__real_region_settle(region);
+	if (!churned || nr_churns++ > 200)
+		return;
+	for (uint64_t i = 0; i < NR_PAGES; i++)
+		if (!churned->seeds[i])
+			assert_true(scene_write(churned, i));
+	discard_share(churned, 40);
+}
+
+/* Each round leaves something to win. */
+static void test_compaction_ends_among_writes_and_frees(void **state)
+{
+	static struct scene s;
+	struct store_stats before;
+
+	(void)state;
+	scene_open(&s, 65536, 0);
+	fill(&s);
+	discard_share(&s, 40);
+	before = stats_of(s.store);
+	churned = &s;
+	nr_churns = 0;
+	assert_true(store_compact(s.store, UINT64_MAX) > 0);
+	churned = NULL;
+	assert_in_range(nr_churns, 2, 1 + before.free_bytes / 65536);
+	assert_sound(s.store);
+	assert_content(&s, NR_PAGES);
+	scene_close(&s);
+}
+
 /* A page that another thread holds is left where it is. */
 static void test_busy_pages_are_skipped(void **state)
 {
@@ -345,6 +383,7 @@ int main(void)
 		cmocka_unit_test(test_freed_memory_comes_back),
 		cmocka_unit_test(test_compaction_in_parts),
 		cmocka_unit_test(test_compaction_at_the_limit),
+		cmocka_unit_test(test_compaction_ends_among_writes_and_frees),
 		cmocka_unit_test(test_busy_pages_are_skipped),
 		cmocka_unit_test(test_damage_does_not_stop_compaction),
 		cmocka_unit_test(test_damaged_counts_are_not_believed),
