@@ -75,8 +75,8 @@ void compaction_destroy(struct compaction *c)
 	munmap(c, sizeof(*c));
 }
 
-/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. What the chunk
- * table says of it may be damaged: blocks for which there is no room stay. */
+/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. What the
+ * chunk table says of it may be damaged: blocks for which there is no room stay. */
 static bool add_source(struct store *store, struct compaction *c, uint32_t chunk)
 {
 	const struct chunk *entry = &store->region->chunks[chunk];

@@ -115,6 +115,10 @@ struct region {
 	/* Read without the lock where a hint is enough. */
 	_Atomic uint32_t nr_ready;
 	uint32_t nr_used;
+	/* For the round of compaction under way: what the limit holds back for it, and how many it
+	 * took, less those that it has emptied. */
+	uint32_t nr_promised;
+	int32_t nr_lent;
 	uint32_t reserve;  /* READY chunks to hold */
 	uint32_t max_used; /* cap on USED chunks */
 	uint32_t spare;	   /* of these, the last ones only for compaction */
@@ -212,7 +216,12 @@ void region_replenish(struct region *region);
  */
 void region_hold(struct region *region, uint32_t chunks);
 
-/** region_compaction_budget - READY chunks that can be taken before the keeper would refill. */
+/**
+ * region_compaction_budget - READY chunks for a round of compaction, which begins
+ *
+ * No more than can be taken before the keeper would refill, and than leaves writers half of what
+ * the memory limit lets them have. Writers will leave it as many.
+ */
 uint32_t region_compaction_budget(struct region *region);
 
 /**

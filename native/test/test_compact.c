@@ -184,6 +184,76 @@ static void test_compaction_at_the_limit(void **state)
 	}
 }
 
+/* Take up to @nr chunks. Return: how many the limit allows. */
+static uint32_t take_chunks(struct region *region, bool compacting, uint32_t nr)
+{
+	uint32_t taken = 0;
+	uint32_t chunk;
+	int rv;
+
+	while (taken < nr) {
+		rv = region_take_chunk(region, compacting, &chunk);
+		if (rv == -ENOSPC)
+			break;
+		if (rv == -EAGAIN)
+			region_replenish(region);
+		else
+			taken++;
+	}
+	return taken;
+}
+
+static void give_chunks(struct region *region, uint32_t nr, uint8_t flags)
+{
+	for (uint32_t c = 0; nr && c < region_nr_touched(region); c++) {
+		if (region->chunks[c].state != CHUNK_USED)
+			continue;
+		region->chunks[c].flags = flags;
+		region_give_chunk(region, c);
+		nr--;
+	}
+}
+
+/* However near the limit is: a round can have its budget, and half of what writers could take
+ * before it they can take meanwhile. What it gives back is not theirs before it ends, and never the
+ * spare ones. */
+static void a_round_leaves_chunks_to_writers(uint32_t room)
+{
+	enum { NR_CHUNKS = 100, SPARE = 8 };
+	int fd = open_memory();
+	struct store *store = open_store(fd, NR_PAGES, 65536, NR_CHUNKS * 65536, NR_CHUNKS * 65536);
+	struct region *region = store->region;
+	uint32_t used = NR_CHUNKS - room;
+	uint32_t budget, share;
+
+	assert_int_equal(take_chunks(region, false, used), used);
+	region_replenish(region);
+	region_hold(region, 64);
+	budget = region_compaction_budget(region);
+	assert_in_range(budget, room / 2, SPARE + (room - SPARE) / 2);
+	share = take_chunks(region, false, 1);
+	share += take_chunks(region, true, budget) - budget;
+	share += take_chunks(region, false, NR_CHUNKS);
+	assert_int_equal(share, room - (budget < SPARE ? SPARE : budget));
+	assert_in_range(share, (room - SPARE) / 2, room);
+	give_chunks(region, budget, CHUNK_ISOLATED);
+	assert_int_equal(take_chunks(region, false, NR_CHUNKS), 0);
+	region_hold(region, 0);
+	used += share + take_chunks(region, false, NR_CHUNKS);
+	assert_int_equal(used, NR_CHUNKS - SPARE);
+	give_chunks(region, used, 0);
+	assert_sound(store);
+	store_destroy(store);
+	close(fd);
+}
+
+static void test_a_round_leaves_chunks_to_writers(void **state)
+{
+	(void)state;
+	for (uint32_t room = 9; room <= 100; room++)
+		a_round_leaves_chunks_to_writers(room);
+}
+
 static struct scene *churned;
 static uint64_t nr_churns;
 
@@ -383,6 +453,7 @@ int main(void)
 		cmocka_unit_test(test_freed_memory_comes_back),
 		cmocka_unit_test(test_compaction_in_parts),
 		cmocka_unit_test(test_compaction_at_the_limit),
+		cmocka_unit_test(test_a_round_leaves_chunks_to_writers),
 		cmocka_unit_test(test_compaction_ends_among_writes_and_frees),
 		cmocka_unit_test(test_busy_pages_are_skipped),
 		cmocka_unit_test(test_damage_does_not_stop_compaction),
