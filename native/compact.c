@@ -75,20 +75,23 @@ void compaction_destroy(struct compaction *c)
 	munmap(c, sizeof(*c));
 }
 
-/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. */
+/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. What the
+ * chunk table says of it may be damaged: blocks for which there is no room stay. */
 static bool add_source(struct store *store, struct compaction *c, uint32_t chunk)
 {
 	const struct chunk *entry = &store->region->chunks[chunk];
 	struct arena_block b = {.place = (uint64_t)chunk << store->region->chunk_shift};
 
-	if (c->nr_sources == MAX_SOURCES || c->live_words + entry->live_words > c->budget ||
+	if (c->nr_sources == MAX_SOURCES || c->nr_moves == MAX_MOVES ||
+	    c->live_words + entry->live_words > c->budget ||
 	    c->nr_moves + entry->nr_blocks > MAX_MOVES)
 		return false;
 	if (arena_isolate(&store->arena, chunk))
 		return true; /* damaged: set aside */
 	c->sources[c->nr_sources++] = chunk;
 	c->live_words += entry->live_words;
-	for (; arena_walk(&store->arena, chunk, &b) > 0; b.place += b.words)
+	for (; c->nr_moves < MAX_MOVES && arena_walk(&store->arena, chunk, &b) > 0;
+	     b.place += b.words)
 		if (!b.is_free)
 			c->moves[c->nr_moves++] = (struct move){b.place, b.words, b.owner};
 	return true;
@@ -357,16 +360,34 @@ static uint64_t trim(struct store *store, struct compaction *c)
 	return won;
 }
 
+/* All that can be won now: what no block takes of the chunks that hold blocks. */
+static uint64_t bytes_to_win(struct store *store)
+{
+	const struct arena *arena = &store->arena;
+	uint64_t words;
+
+	arena_yield_lock(&store->arena);
+	words = (arena->nr_chunks - arena->nr_whole) * store->region->chunk_words -
+		arena->live_words;
+	arena_unlock(&store->arena);
+	return words * 4;
+}
+
 int64_t store_compact(struct store *store, uint64_t max_bytes)
 {
 	uint64_t won = 0;
+	uint64_t most;
 	int64_t chunks = 1;
 
 	pthread_mutex_lock(&store->compacting);
+	/* While others write and free, there is something to win after each round, for ever. */
+	most = bytes_to_win(store);
+	if (most > max_bytes)
+		most = max_bytes;
 	/* What a round can win depends on how many fresh chunks it may fill. */
 	region_replenish(store->region);
 	region_hold(store->region, MAX_FRESH);
-	while (chunks > 0 && won < max_bytes) {
+	while (chunks > 0 && won < most) {
 		chunks = compact_round(store, store->compaction);
 		region_settle(store->region);
 		if (chunks > 0)

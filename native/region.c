@@ -380,19 +380,38 @@ static bool has_ready(const struct region *region, bool compacting)
 	return region->nr_ready > (compacting ? refill_level(region) / 2 : 0);
 }
 
+/* Cap on USED chunks. What compaction has taken of what is held back for it is not the writers'
+ * loss. */
+static uint32_t used_cap(const struct region *region, bool compacting)
+{
+	uint32_t lent = region->nr_lent > 0 ? (uint32_t)region->nr_lent : 0;
+	uint32_t back = region->spare;
+
+	if (back < region->nr_promised)
+		back = region->nr_promised;
+	return region->max_used - (compacting || back < lent ? 0 : back - lent);
+}
+
+/* No round, or a new one. */
+static void end_round(struct region *region)
+{
+	region->nr_promised = 0;
+	region->nr_lent = 0;
+}
+
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 {
-	uint32_t cap = region->max_used - (compacting ? 0 : region->spare);
 	int rv = 0;
 
 	pthread_mutex_lock(&region->lock);
-	if (region->nr_used >= cap) {
+	if (region->nr_used >= used_cap(region, compacting)) {
 		rv = -ENOSPC;
 	} else if (!has_ready(region, compacting) || (*chunk = ready_pop(region)) == CHUNK_NONE) {
 		rv = -EAGAIN;
 	} else {
 		region->chunks[*chunk].state = CHUNK_USED;
 		region->nr_used++;
+		region->nr_lent += compacting;
 		note_max_used(region);
 	}
 	tell(region);
@@ -414,6 +433,12 @@ int region_wait_ready(struct region *region, bool compacting)
 	return rv;
 }
 
+static void note_given(struct region *region, uint32_t chunk)
+{
+	if (region->chunks[chunk].flags & CHUNK_ISOLATED)
+		region->nr_lent--;
+}
+
 void region_give_chunk(struct region *region, uint32_t chunk)
 {
 	pthread_mutex_lock(&region->lock);
@@ -421,6 +446,7 @@ void region_give_chunk(struct region *region, uint32_t chunk)
 	region->nr_ready++;
 	region->nr_used--;
 	tell(region);
+	note_given(region, chunk);
 	pthread_mutex_unlock(&region->lock);
 }
 
@@ -432,6 +458,7 @@ void region_give_punched(struct region *region, uint32_t chunk)
 	list_push(region, &region->stale, chunk, CHUNK_STALE);
 	region->nr_used--;
 	tell(region);
+	note_given(region, chunk);
 	pthread_mutex_unlock(&region->lock);
 }
 
@@ -458,17 +485,24 @@ void region_hold(struct region *region, uint32_t chunks)
 {
 	pthread_mutex_lock(&region->lock);
 	region->held = chunks;
+	end_round(region);
 	tell(region);
 	pthread_mutex_unlock(&region->lock);
 }
 
 uint32_t region_compaction_budget(struct region *region)
 {
-	uint32_t level, nr;
+	uint32_t level, nr, cap, most;
 
 	pthread_mutex_lock(&region->lock);
+	end_round(region);
 	level = refill_level(region);
 	nr = region->nr_ready > level ? region->nr_ready - level : 1;
+	cap = used_cap(region, false);
+	most = region->spare + (region->nr_used < cap ? (cap - region->nr_used) / 2 : 0);
+	if (nr > most)
+		nr = most ? most : 1;
+	region->nr_promised = nr;
 	pthread_mutex_unlock(&region->lock);
 	return nr;
 }

@@ -112,7 +112,13 @@ struct region {
 	pthread_cond_t change; /* whoever needs a chunk waits here */
 	uint32_t ready, holes; /* heads of lists */
 	uint32_t stale;	       /* likewise: free, but not populated throughout */
-	uint32_t nr_ready, nr_used;
+	/* Read without the lock where a hint is enough. */
+	_Atomic uint32_t nr_ready;
+	uint32_t nr_used;
+	/* For the round of compaction under way: what the limit holds back for it, and how many it
+	 * took, less those that it has emptied. */
+	uint32_t nr_promised;
+	int32_t nr_lent;
 	uint32_t reserve;  /* READY chunks to hold */
 	uint32_t max_used; /* cap on USED chunks */
 	uint32_t spare;	   /* of these, the last ones only for compaction */
@@ -183,6 +189,12 @@ int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk);
 /** region_wait_ready - wait for the keeper. Return: 0, -ENOSPC (the OS has no memory). */
 int region_wait_ready(struct region *region, bool compacting);
 
+/** region_has_ready - is a chunk READY? Takes no lock, so it may be gone, or have come. */
+static inline bool region_has_ready(const struct region *region)
+{
+	return atomic_load_explicit(&region->nr_ready, memory_order_relaxed);
+}
+
 /** region_give_chunk - return a chunk; its memory must be zero. Context: below the arena lock. */
 void region_give_chunk(struct region *region, uint32_t chunk);
 
@@ -204,7 +216,12 @@ void region_replenish(struct region *region);
  */
 void region_hold(struct region *region, uint32_t chunks);
 
-/** region_compaction_budget - READY chunks that can be taken before the keeper would refill. */
+/**
+ * region_compaction_budget - READY chunks for a round of compaction, which begins
+ *
+ * No more than can be taken before the keeper would refill, and than leaves writers half of what
+ * the memory limit lets them have. Writers will leave it as many.
+ */
 uint32_t region_compaction_budget(struct region *region);
 
 /**

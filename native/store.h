@@ -83,6 +83,12 @@ static inline struct journal *store_journal(struct store *store)
 	return &store->region->header->journal;
 }
 
+/** store_has_ready - will a write that needs a chunk find one without waiting? Only a hint. */
+static inline bool store_has_ready(const struct store *store)
+{
+	return region_has_ready(store->region);
+}
+
 /** store_enter - get a desk; waits when all are taken. */
 struct scratch *store_enter(struct store *store);
 void store_leave(struct scratch *scratch);

@@ -96,11 +96,12 @@ static void wait_for_request(struct fuse_switch *sw, struct buffer *own, uint64_
 	if (sw->awake && poll(&fd, 1, AWAKE_MS) > 0)
 		return;
 	keep_awake(sw, false);
-	if (!sw->nr_close) {
+	sw->nr_close = 0;
+	if (!sw->unwiped)
 		poll(&fd, 1, -1);
-	} else if (poll(&fd, 1, WIPE_AFTER_MS) > 0 || buffers_wipe(sw, own)) {
-		sw->nr_close = 0;
-	}
+	/* What poll() has seen may be gone when it is read: its task was killed. */
+	else if (poll(&fd, 1, WIPE_AFTER_MS) <= 0)
+		sw->unwiped = !buffers_wipe(sw, own);
 }
 
 /* Context: holds the token. Return: length of the message, -errno of the end. */
@@ -140,7 +141,7 @@ static void serve_long(struct lane *lane, struct buffer *buffer)
 	if (buffer->request.kind == REQUEST_WRITE) {
 		backlog_serve(lane, buffer);
 	} else {
-		request_serve(sw, buffer);
+		request_serve(lane, buffer);
 		buffer_give(sw, buffer);
 	}
 	journal_end(lane->journal); /* parked on the token, for ever maybe, it has nothing to do */
@@ -165,12 +166,13 @@ static bool lane_step(struct lane *lane)
 	}
 	journal_begin(lane->journal);
 	sw->nr_close++;
+	sw->unwiped = true;
 	if (buffer->used < (size_t)n)
 		buffer->used = (size_t)n;
 	request_parse(sw, buffer->message, (size_t)n, request);
 	sw->spins = request->kind == REQUEST_READ;
-	if (!request_is_long(request)) {
-		request_serve(sw, buffer);
+	if (!request_is_long(sw, request)) {
+		request_serve(lane, buffer);
 		buffer_give(sw, buffer);
 	} else if (request->kind != REQUEST_WRITE || !backlog_put(sw, buffer)) {
 		serve_long(lane, buffer);
