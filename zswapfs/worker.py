@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .config import Options
 from .privileges import give_up_capabilities, keep_out_others
-from .protect import leave_limited_cgroup
+from .protect import leave_harmful_cgroups
 from .stats import Stats
 from .store import FuseSwitch, Store, SwitchOptions
 
@@ -68,7 +68,7 @@ def write_line(fd: int, line: str) -> None:
 def protect_memory() -> list[str]:
     """Keep the process out of the way of its own swap; return what could not be had."""
     libc = ctypes.CDLL(None, use_errno=True)
-    missing = leave_limited_cgroup()
+    missing = leave_harmful_cgroups()
     libc.mallopt(_M_ARENA_MAX, 1)
     if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
         missing.append(f"memory is not locked ({os.strerror(ctypes.get_errno())})")
