@@ -121,7 +121,7 @@ def test_all_is_well(machine: Machine) -> None:
     found = machine.look()
     assert {finding.state for finding in found} == {OK}
     names = [finding.name for finding in found]
-    assert len(set(names)) == len(names) == 16
+    assert len(set(names)) == len(names) == 17
 
 
 def test_supervisor_and_worker_are_told_apart(machine: Machine) -> None:
@@ -231,6 +231,15 @@ def test_a_limited_cgroup(machine: Machine) -> None:
     assert {finding.state for finding in machine.look()} == {OK}
     machine.write(f"proc/{WORKER}/cgroup", "4:memory:/b")
     assert machine.complaint()[:2] == (MISSING, "memory cgroups")
+
+
+@pytest.mark.parametrize("pid", [SUPERVISOR, WORKER])
+def test_a_session(machine: Machine, pid: int) -> None:
+    """What a login ends is named."""
+    machine.write(f"proc/{pid}/cgroup", "0::/user.slice/user-0.slice/session-1.scope")
+    state, name, text = machine.complaint()
+    assert (state, name) == (MISSING, "session")
+    assert f" ends with {machine.root}/sys/fs/cgroup/user.slice; " in text
 
 
 @pytest.mark.parametrize("release", ["6.8.12", "5.15.0-100-generic", "unheard of"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import swap
 from .errors import ConfigError, SetupError
 from .privileges import CAP_IPC_LOCK, give_up_capabilities
-from .protect import hierarchies, memory_limits
+from .protect import hierarchies, memory_limits, sessions
 from .tune import PAGE_CLUSTER
 
 OK, MISSING, WARN = "ok", "MISSING", "warn"
@@ -150,6 +150,12 @@ def _limited(process: Process) -> str | None:
     return f"limited by {limits[0]}" if limits else None
 
 
+def _in_session(process: Process) -> str | None:
+    """Cgroups whose processes are killed at logout, or early at shutdown."""
+    found = sessions(process.pid, process.root)
+    return f"ends with {found[0]}" if found else None
+
+
 def _capable(process: Process) -> str | None:
     """Capabilities besides the one that locked memory needs."""
     more = process.capabilities("CapPrm") & ~(1 << CAP_IPC_LOCK)
@@ -222,6 +228,7 @@ _PROTECTIONS = (
     _Protection(
         "memory cgroups", _limited, "none limits it", "start it where no memory limit holds"
     ),
+    _Protection("session", _in_session, "outlives any", "start it as a service (contrib/systemd)"),
     _Protection(
         "capabilities", _capable, "none but CAP_IPC_LOCK", "needs CAP_SETPCAP", worker_only=True
     ),
