@@ -1,6 +1,9 @@
 """What the system says about swap, as read from its files."""
 
+import os
 from pathlib import Path
+
+import pytest
 
 from zswapfs.swap import Group, groups_below
 
@@ -35,3 +38,21 @@ def test_groups_of_version_1(tmp_path: Path) -> None:
         **{"memsw.usage_in_bytes": 80 * MIB},
     )  # fmt: skip
     assert groups_below(tmp_path) == [Group(group, 16 * MIB, MIB)]
+
+
+def test_a_group_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it was listed, before it is looked into: the others are found."""
+    stat = "inactive_file 0\nactive_file 0"
+    files = {"max": 2 * MIB, "current": MIB, "swap.current": MIB, "stat": stat}
+    group = _make(tmp_path / "b", **files)
+    (tmp_path / "a").mkdir()
+    scandir = os.scandir
+
+    def late(folder: str | Path) -> object:
+        if Path(folder).name == "a":
+            Path(folder).rmdir()
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert groups_below(tmp_path) == [Group(group, MIB, MIB)]
+    assert not (tmp_path / "a").exists()

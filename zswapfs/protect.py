@@ -8,6 +8,7 @@ the cgroup of a session, and swap would still be on.
 Version 1 and version 2 of cgroups, whichever is mounted, or both.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,16 @@ def hierarchies(root: Path) -> Iterator[Hierarchy]:
             continue
         seen.add(controller)
         yield Hierarchy(root / mount.lstrip("/"), top, controller)
+
+
+def cgroups_below(root: Path) -> Iterator[Path]:
+    """Return ``root`` and the cgroups below it, each after the one above it.
+
+    What vanishes meanwhile is left out: services come and go at any moment.
+    """
+    for folder, names, _ in os.walk(root):
+        names.sort()
+        yield Path(folder)
 
 
 def _cgroup_of(pid: int | str, root: Path) -> str:

@@ -20,6 +20,7 @@ import click
 
 from .config import run_file
 from .errors import ConfigError, SetupError
+from .protect import cgroups_below
 
 TIMEOUT = 60
 """Seconds that any tool but swapoff may take."""
@@ -243,11 +244,12 @@ def _group_at(limit_file: Path) -> Group:
 def groups_below(root: Path) -> list[Group]:
     """Return the memory cgroups at and below ``root``, of either version, that have a limit."""
     found = []
-    for name in (_LIMIT_V1, _LIMIT_V2):
-        for limit_file in sorted(root.rglob(name)):
-            # Gone by now (OSError), 'max' (ValueError), or with swap not accounted (OSError).
+    for group in cgroups_below(root):
+        for name in (_LIMIT_V1, _LIMIT_V2):
+            # Not this version's or gone by now (OSError), 'max' (ValueError), or with swap not
+            # accounted (OSError).
             with suppress(OSError, ValueError):
-                found.append(_group_at(limit_file))
+                found.append(_group_at(group / name))
     return found
 
 
