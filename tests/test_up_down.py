@@ -136,13 +136,13 @@ def test_down_kills_nobody_in_a_full_cgroup(
 
 
 def test_down_without_memory_says_so(swapped_on: Callable[..., Swapped], place: Path) -> None:
-    """Seen through a /proc/meminfo that has no memory: nothing is changed."""
+    """Seen through a /proc/meminfo that has none; swap in memory is no room. Nothing is changed."""
     swap = swapped_on("--size", "128M")
     fake = place.with_name("meminfo")
     fake.write_text("MemAvailable:       0 kB\n")
     swaps = place.with_name("swaps")
-    line = f"{swap.device} partition 131068 50000 100\n"
-    swaps.write_text("Filename Type Size Used Priority\n" + line)
+    lines = f"{swap.device} partition 131068 50000 100\n/dev/zram0 partition 1048576 0 50\n"
+    swaps.write_text("Filename Type Size Used Priority\n" + lines)
     command = f"mount --bind {fake} /proc/meminfo && mount --bind {swaps} /proc/swaps && "
     done = run("unshare", "-m", "sh", "-c", f"{command} exec {ZSWAPFS} down {swap.path}")
     assert done.returncode == 1

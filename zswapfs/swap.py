@@ -20,7 +20,7 @@ import click
 
 from .config import run_file
 from .errors import ConfigError, SetupError
-from .protect import cgroups_below
+from .protect import cgroups_below, hierarchies
 
 TIMEOUT = 60
 """Seconds that any tool but swapoff may take."""
@@ -31,6 +31,8 @@ SOURCE_UP = "zswapfs-up"
 SOURCE_MOUNT = "zswapfs"
 WAIT_FOR_LOCK = 60
 """Seconds."""
+_IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", FSTYPE})
+"""Filesystems whose files take memory, or swap."""
 _LIMIT_V1, _LIMIT_V2 = "memory.limit_in_bytes", "memory.max"
 
 
@@ -153,14 +155,33 @@ def active_swaps() -> list[Swap]:
     return swaps
 
 
-def _is_on(device: str, file: Path) -> bool:
-    """Say whether a loop device is attached to ``file``."""
+def _backing_file(device: str) -> Path | None:
+    """Return the file that a loop device is attached to, or None."""
     backing = Path("/sys/block") / Path(device).name / "loop/backing_file"
     try:
         path = backing.read_bytes().removesuffix(b"\n").removesuffix(b" (deleted)")
     except OSError:
-        return False
-    return path == os.fsencode(file)
+        return None
+    return Path(os.fsdecode(path))
+
+
+def _is_on(device: str, file: Path) -> bool:
+    """Say whether a loop device is attached to ``file``."""
+    return _backing_file(device) == file
+
+
+def _filesystem_of(file: Path) -> str:
+    """Return the type of filesystem that a file is on, without a look at the file: it may hang."""
+    mounts = {Path(_unescape(words[1])): words[2].decode() for words in _lines("/proc/self/mounts")}
+    return next((mounts[folder] for folder in file.parents if folder in mounts), "")
+
+
+def is_in_memory(device: str) -> bool:
+    """Say whether what is swapped to a device takes memory again."""
+    if re.fullmatch(r"/dev/z?ram\d+", device):
+        return True
+    file = _backing_file(device)
+    return file is not None and _filesystem_of(file) in _IN_MEMORY
 
 
 def loops_of(file: Path) -> list[str]:
@@ -218,7 +239,7 @@ def swap_on(device: str, priority: int) -> None:
 
 
 def available_bytes() -> int:
-    """Return what pages that come back from swap can use: memory, and other swap."""
+    """Return the memory that pages which come back from swap can use."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     values = {
         name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines)
@@ -253,30 +274,47 @@ def groups_below(root: Path) -> list[Group]:
     return found
 
 
-def _group_roots() -> Iterator[Path]:
-    for words in _lines("/proc/self/mounts"):
-        _, path, kind, options = words[:4]
-        if kind == b"cgroup2" or (kind == b"cgroup" and b"memory" in options.split(b",")):
-            yield Path(_unescape(path))
+def crowded_group(groups: list[Group], need: int, others: int) -> Group | None:
+    """Return a cgroup that has no room for its part of ``need`` bytes from swap, or None.
+
+    What a limit keeps out of memory goes to other swap, which has ``others`` bytes for all cgroups.
+    ``groups`` has each after those above it. What is kept out below a cgroup needs no room in it,
+    and all of them together keep out no more than comes.
+    """
+    kept_out: dict[Path, int] = {}
+    for group in reversed(groups):
+        below = sum(size for path, size in kept_out.items() if group.path in path.parents)
+        comes = min(group.swapped, need - sum(kept_out.values()) + below)
+        over = comes - below - group.room
+        if over > 0:
+            kept_out[group.path] = over
+        if sum(kept_out.values()) > others:
+            return group
+    return None
+
+
+def _free_in(swaps: list[Swap]) -> int:
+    return sum(swap.size - swap.used for swap in swaps)
 
 
 def _check_room(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
     mine = {swap.device for swap in swaps}
-    others = sum(swap.size - swap.used for swap in active_swaps() if swap.device not in mine)
+    others = [swap for swap in active_swaps() if swap.device not in mine]
     need = sum(swap.used for swap in swaps)
-    have = available_bytes() + others
+    have = available_bytes() + _free_in([x for x in others if not is_in_memory(x.device)])
     if need > have:
         raise SetupError(
             f"{mountpoint}: {need >> 20} MiB are in swap and only {have >> 20} MiB of memory "
             "are free to take them back; nothing was changed"
         )
-    for group in (group for root in _group_roots() for group in groups_below(root)):
-        if min(group.swapped, need) > group.room + others:
-            raise SetupError(
-                f"{mountpoint}: memory cgroup {group.path} has {group.swapped >> 20} MiB in swap "
-                f"and room for {max(group.room, 0) >> 20} MiB: its processes would be killed; "
-                "raise its limit; nothing was changed"
-            )
+    groups = [group for tree in hierarchies(Path("/")) for group in groups_below(tree.mount)]
+    # Swap in memory is as good as any to a cgroup's limit; that there is memory for it was seen to.
+    if group := crowded_group(groups, need, _free_in(others)):
+        raise SetupError(
+            f"{mountpoint}: memory cgroup {group.path} has {group.swapped >> 20} MiB in swap "
+            f"and room for {max(group.room, 0) >> 20} MiB: its processes would be killed; "
+            "raise its limit; nothing was changed"
+        )
 
 
 def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
