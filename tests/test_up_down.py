@@ -290,6 +290,26 @@ def test_an_up_that_is_interrupted_takes_everything_down(place: Path, number: in
     _nothing_is_left(place)
 
 
+def test_a_second_interruption_while_up_cleans_up(place: Path) -> None:
+    """As a terminal sends it, to the whole group: what takes down goes on."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / "mkswap").write_text("#!/bin/sh\nkill -INT -$PPID\nsleep 60\n")
+    (folder / "losetup").write_text(
+        '#!/bin/sh\n[ "$1" = -d ] && kill -INT -$PPID\nexec /sbin/losetup "$@"\n'
+    )
+    for tool in folder.iterdir():
+        tool.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    words = [ZSWAPFS, "up", place, "--size", "64M"]
+    began = time.monotonic()
+    up = subprocess.Popen(words, env=env, process_group=0, stderr=subprocess.PIPE)
+    assert up.communicate(timeout=TIMEOUT)[1] == b"\nAborted!\n"
+    assert up.returncode == 1
+    assert time.monotonic() - began < 50
+    _nothing_is_left(place)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_up_interrupted_in_swapon(place: Path, number: int) -> None:
     """Which takes seconds for 1 TiB and cannot be interrupted: up, or nothing left behind."""

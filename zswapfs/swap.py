@@ -77,7 +77,8 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
     """Run a tool and return its output. Raises SetupError with its last line of complaint.
 
     Whatever interrupts it, the tool has ended before: some cannot be interrupted, and what they do
-    has to be known.
+    has to be known. A terminal's ^C does not reach the tool itself: that would end it also where
+    signals are ignored, to clean up.
     """
     tool = shutil.which(words[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if tool is None:
@@ -93,12 +94,14 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
                 text=True,
                 errors="surrogateescape",
                 pass_fds=_held_locks,
+                process_group=0,
             )
         out, complaint = process.communicate(timeout=timeout)
     except BaseException as error:
         if process is not None:
             with signals_deferred():
-                process.kill()
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
                 process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise SetupError(f"{words[0]}: no answer in {timeout} s") from None
