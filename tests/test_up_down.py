@@ -250,6 +250,60 @@ def test_a_swapoff_that_fails_changes_nothing(swapped_on: Callable[..., Swapped]
     assert swapped.stats()["DiskSize"] == 64 << 10
 
 
+def _is_stuck(process: "subprocess.Popen[bytes]") -> bool:
+    """Say whether a process waits in the kernel, and not just for a moment."""
+    for _ in range(10):
+        if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "D":
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_down_waits_for_another_swapoff(
+    swapped_on: Callable[..., Swapped], corpus_file: Path
+) -> None:
+    """As systemd starts one at shutdown: held up here by a worker that stands still."""
+    swapped = swapped_on("--size", "512M", "-o", "heartbeat=0")
+    load = _swapped_out(swapped, corpus_file)
+    _limit(swapped.groups[0], 512)
+    worker = max(swapped.daemon())
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        other = subprocess.Popen(["swapoff", swapped.device])
+        end = time.monotonic() + TIMEOUT
+        while not _is_stuck(other):
+            assert time.monotonic() < end
+        down = subprocess.Popen([ZSWAPFS, "down", swapped.path])
+        time.sleep(1)
+        assert down.poll() is None
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert other.wait(TIMEOUT) == 0
+    assert down.wait(TIMEOUT) == 0
+    _nothing_is_left(swapped.path)
+    out, _ = load.communicate(timeout=120)
+    assert load.returncode == 0
+    assert " 0 wrong" in out
+
+
+def test_a_swapoff_after_one_that_failed(swapped_on: Callable[..., Swapped]) -> None:
+    """The kernel finds no such swap for a while, in whatever language; then it does."""
+    swapped = swapped_on("--size", "64M")
+    folder = swapped.path.with_name("bin")
+    folder.mkdir()
+    (folder / "swapoff").write_text(
+        f"#!/bin/sh\n[ $LC_ALL = C ] && [ -e {folder}/twice ] && exec /sbin/swapoff $1\n"
+        f"[ -e {folder}/once ] && >{folder}/twice\n>{folder}/once\n"
+        'echo "swapoff: $1: swapoff failed: Invalid argument" >&2\nexit 4\n'
+    )
+    (folder / "swapoff").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+    words = [ZSWAPFS, "down", swapped.path]
+    done = subprocess.run(words, env=env, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0
+    _nothing_is_left(swapped.path)
+
+
 def test_an_interrupted_down_can_be_repeated(
     swapped_on: Callable[..., Swapped], corpus_file: Path
 ) -> None:

@@ -4,6 +4,7 @@ There is no state file. What is up is read from /proc/mounts, /sys/block and /pr
 step that was killed leaves nothing that the next one could not see.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -30,6 +31,8 @@ SOURCE_UP = "zswapfs-up"
 """What /proc/mounts names a mount that ``up`` made: it may be taken down without a question."""
 SOURCE_MOUNT = "zswapfs"
 WAIT_FOR_LOCK = 60
+"""Seconds."""
+SWAPOFF_PAUSE = 0.2
 """Seconds."""
 _IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", FSTYPE})
 """Filesystems whose files take memory, or swap."""
@@ -95,6 +98,7 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
                 errors="surrogateescape",
                 pass_fds=_held_locks,
                 process_group=0,
+                env={**os.environ, "LC_ALL": "C"},  # or what it says could not be told apart
             )
         out, complaint = process.communicate(timeout=timeout)
     except BaseException as error:
@@ -331,7 +335,26 @@ def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
     if any(swap.used for swap in swaps):
         _check_room(mountpoint, swaps)
     for swap in swaps:
-        run("swapoff", swap.device, timeout=None)
+        _swapoff(swap.device)
+
+
+def _swapoff(device: str) -> None:
+    """Turn a device off, or wait until another swapoff has: systemd's own, at shutdown.
+
+    While one is at work the device is listed as before, and for any other the kernel finds no such
+    swap (EINVAL). If that one fails, the next one here gets to work, or its own error.
+    """
+    while True:
+        try:
+            run("swapoff", device, timeout=None)
+        except SetupError as error:
+            if all(swap.device != device for swap in active_swaps()):
+                return
+            if not str(error).endswith(os.strerror(errno.EINVAL)):
+                raise
+        else:
+            return
+        time.sleep(SWAPOFF_PAUSE)
 
 
 def _wait_for_lock(fd: int, mountpoint: Path) -> None:
