@@ -59,6 +59,8 @@ class Machine:
         self.write(f"proc/{pid}/cmdline", "python\0-m\0zswapfs.supervisor\0/mnt/a\0005\0007\0\0")
         self.write(f"proc/{pid}/oom_score_adj", "-1000")
         self.write(f"proc/{pid}/cgroup", "0::/a")
+        self.write(f"proc/{pid}/environ", "")
+        (self.root / f"proc/{pid}/environ").chmod(0)
         self.write(f"proc/{pid}/mountinfo", "22 1 0:5 / /dev rw - devtmpfs devtmpfs rw")
         self.smaps(pid)
         self.status(pid, PPid=parent)
@@ -196,11 +198,20 @@ def test_missing_protections_of_the_worker(
 
 def test_a_dumpable_worker(machine: Machine) -> None:
     """What it has in memory can be read by others; with capabilities it cannot be told."""
-    machine.write(f"proc/{WORKER}/environ", "")
+    environ = machine.root / f"proc/{WORKER}/environ"
+    environ.chmod(0o400)
     assert machine.complaint()[:2] == (MISSING, "not dumpable")
     machine.status(WORKER, CapPrm=f"{1 << 19:x}")
     found = {finding.name: finding for finding in machine.look()}
     assert "cannot be told" in found["not dumpable"].text
+
+
+def test_what_cannot_be_read_is_not_hidden(machine: Machine) -> None:
+    """Whatever the reason, but that it is forbidden."""
+    (machine.root / f"proc/{WORKER}/environ").unlink()
+    state, name, text = machine.complaint()
+    assert (state, name) == (MISSING, "not dumpable")
+    assert text.startswith("worker cannot be told (No such file or directory); ")
 
 
 @pytest.mark.parametrize("target", ["/memfd:zswapfs (deleted)", "/var/region", "/#7 (deleted)"])

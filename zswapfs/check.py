@@ -4,6 +4,7 @@ Looks from outside, at /proc and /sys: what the daemon believes of itself is not
 protection that is missing puts swap at risk; a setting that hurts costs speed or memory.
 """
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -171,18 +172,28 @@ def readable_unprivileged(file: Path) -> bool:
     """Say whether its own user, with no capability but CAP_IPC_LOCK, may read a process's file.
 
     The kernel shows a process's memory and environment to such only while it is dumpable, and
-    only if it has no capability that they have not.
+    only if it has no capability that they have not. Raises OSError when that cannot be told.
     """
     pid = os.fork()
     if pid == 0:
-        code = 2
+        code = errno.ENOTSUP
         try:
             give_up_capabilities()
-            file.read_bytes()
-            code = 0
+            code = _error_of_reading(file)
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code not in (0, errno.EACCES, errno.EPERM):
+        raise OSError(code, os.strerror(code))
+    return code == 0
+
+
+def _error_of_reading(file: Path) -> int:
+    try:
+        file.read_bytes()
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def _dumpable(process: Process) -> str | None:
