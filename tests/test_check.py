@@ -196,6 +196,12 @@ def test_missing_protections_of_the_worker(
     assert found[name].text.startswith(f"{text}; ")
 
 
+def test_memory_that_is_dropped(machine: Machine) -> None:
+    """It cannot be locked, and is not swapped either: no complaint."""
+    machine.smaps(WORKER, flags="wr dp")
+    assert {finding.state for finding in machine.look()} == {OK}
+
+
 def test_a_dumpable_worker(machine: Machine) -> None:
     """What it has in memory can be read by others; with capabilities it cannot be told."""
     environ = machine.root / f"proc/{WORKER}/environ"

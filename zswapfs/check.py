@@ -26,8 +26,10 @@ _ROLES = {"zswapfs": "supervisor", "zswapfs-worker": "worker"}
 _IO_FLUSHER = 0x00080000 | 0x00100000
 """PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (include/linux/sched.h): what PR_SET_IO_FLUSHER sets."""
 _UNKILLABLE = -1000
-_UNLOCKABLE = frozenset({b"io", b"pf", b"mm", b"de", b"ht"})
-"""Flags of mappings that mlock() leaves out, like the vDSO's, and that the kernel never swaps."""
+_UNLOCKABLE = frozenset({b"io", b"pf", b"mm", b"de", b"ht", b"dp"})
+"""Flags of mappings that mlock() leaves out, like the vDSO's, and that the kernel never swaps.
+
+The last one's pages (MAP_DROPPABLE, Linux 6.11: glibc's for random numbers) it drops instead."""
 _RESEND_SINCE = (6, 9)
 
 
