@@ -81,6 +81,7 @@ class Machine:
             "PPid": SUPERVISOR,
             "CapPrm": "0000000000004000",
             "NoNewPrivs": 1,
+            "VmSwap": "      0 kB",
         }
         lines = (f"{name}:\t{value}\n" for name, value in {**good, **values}.items())
         self.write(f"proc/{pid}/status", "".join(lines))
@@ -194,6 +195,15 @@ def test_missing_protections_of_the_worker(
     found = {finding.name: finding for finding in machine.look()}
     assert found[name].state == MISSING
     assert found[name].text.startswith(f"{text}; ")
+
+
+@pytest.mark.parametrize("pid", [SUPERVISOR, WORKER])
+def test_locked_memory_in_swap(machine: Machine, pid: int) -> None:
+    """Swapped out before it was locked."""
+    machine.status(pid, PPid=1 if pid == SUPERVISOR else SUPERVISOR, VmSwap="     12 kB")
+    state, name, text = machine.complaint()
+    assert (state, name) == (MISSING, "memory locked")
+    assert " has 12 kB in swap; " in text
 
 
 def test_memory_that_is_dropped(machine: Machine) -> None:

@@ -99,7 +99,10 @@ def find_daemon(mountpoint: Path, root: Path = Path("/")) -> tuple[Process, Proc
 
 
 def _unlocked(process: Process) -> str | None:
-    """Unlocked memory: mapping by mapping, for VmLck drifts with mremap() on some kernels."""
+    """Unlocked memory: mapping by mapping, for VmLck drifts with mremap() on some kernels.
+
+    And what is in swap already.
+    """
     unlocked = size = 0
     name, first = b"", b""
     for line in (process.folder / "smaps").read_bytes().split(b"\n"):
@@ -112,8 +115,12 @@ def _unlocked(process: Process) -> str | None:
                 first = first or name
         elif re.match(rb"[0-9a-f]+-", line):
             name = line
-    what = os.fsdecode(first.split(b" ")[-1]) or "nameless"
-    return f"{unlocked} kB can be swapped out ({what})" if unlocked else None
+    if unlocked:
+        what = os.fsdecode(first.split(b" ")[-1]) or "nameless"
+        return f"{unlocked} kB can be swapped out ({what})"
+    # With MCL_ONFAULT a lock does not bring back what had been swapped out before.
+    swapped = process.status.get("VmSwap", "0 kB")
+    return f"has {swapped} in swap" if swapped != "0 kB" else None
 
 
 def _swappable_region(process: Process) -> str | None:
@@ -232,7 +239,7 @@ class _Protection:
 
 _RESOURCE = "start it with CAP_SYS_RESOURCE"
 _PROTECTIONS = (
-    _Protection("memory locked", _unlocked, "all of it", "start it with CAP_IPC_LOCK"),
+    _Protection("memory locked", _unlocked, "all of it", "start it again, with CAP_IPC_LOCK"),
     _Protection(
         "region", _swappable_region, "on a tmpfs that is never swapped", "needs Linux 6.4"
     ),
