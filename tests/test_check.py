@@ -26,7 +26,9 @@ from zswapfs.errors import ConfigError, SetupError
 from zswapfs.swap import State, Swap
 
 LOOP = "/dev/loop3"
-STATE = State("zswapfs-up", (LOOP,), (Swap(LOOP, 1 << 26, 0, 100),))
+AREA = (1 << 14) - 1
+"""Pages that can be swapped to."""
+STATE = State("zswapfs-up", (LOOP,), (Swap(LOOP, AREA << 12, 0, 100),))
 SUPERVISOR, WORKER = 100, 101
 IO_FLUSHER = 0x40180100
 ADDED = "4,77,99,-;Adding 65532k swap on {}.  Priority:100 extents:1 across:65532k {}\n"
@@ -296,11 +298,28 @@ def test_settings_that_hurt(machine: Machine, file: str, text: str, name: str) -
 
 
 def test_whose_discard_the_kernel_tells_of(machine: Machine) -> None:
-    """Both modes of it are as good; other devices' do not matter; an old log tells nothing."""
+    """Both modes of it are as good; other devices' do not matter."""
     others = ADDED.format("/dev/loop33", "SS") + ADDED.format("/dev/sda2", "SS")
-    for said in (ADDED.format(LOOP, "SSDc") + others, others, ""):
-        machine.write("dev/kmsg", said)
+    machine.write("dev/kmsg", ADDED.format(LOOP, "SSDc") + others)
+    assert {finding.state for finding in machine.look()} == {OK}
+    machine.write("dev/kmsg", others)
+    assert machine.complaint()[:2] == (WARN, "loop3 discard")
+
+
+@pytest.mark.parametrize(("pages", "tells"), [(0, False), (AREA, False), (AREA + 512, True)])
+def test_discard_that_the_kernel_no_longer_tells_of(
+    machine: Machine, pages: int, *, tells: bool
+) -> None:
+    """Freed clusters show that it is on; swapon's own, of all that there is, do not."""
+    (machine.root / "dev/kmsg").unlink()
+    machine.write("sys/block/loop3/loop/backing_file", "/mnt/a/swap\n")
+    machine.write("mnt/a/.stats.json", json.dumps({"PagesDiscard": pages}))
+    if tells:
         assert {finding.state for finding in machine.look()} == {OK}
+    else:
+        state, name, text = machine.complaint()
+        assert (state, name) == (WARN, "loop3 discard")
+        assert text.startswith("cannot be told: ")
 
 
 def test_no_swap_accounting(machine: Machine) -> None:

@@ -5,6 +5,7 @@ protection that is missing puts swap at risk; a setting that hurts costs speed o
 """
 
 import errno
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from . import swap
+from .config import PAGE_BYTES
 from .errors import ConfigError, SetupError
 from .privileges import CAP_IPC_LOCK, give_up_capabilities
 from .protect import hierarchies, memory_limits, sessions
@@ -297,7 +299,23 @@ def _kernel_log(root: Path) -> str:
             text += record
 
 
-def _discard(device: Path, root: Path) -> Finding:
+def _has_freed(device: Path, state: swap.State, root: Path) -> bool:
+    """Say whether the mount was told of freed clusters since it was made.
+
+    By more than swapon's own discards, each of all that can be swapped to. The loop device's
+    counters would tell of what it was used for before, too.
+    """
+    sizes = [each.size for each in state.swaps if each.device == str(device)]
+    try:
+        path = (root / "sys/block" / device.name / "loop/backing_file").read_bytes()
+        file = root / os.fsdecode(path).removesuffix("\n").lstrip("/")
+        pages = json.loads(file.with_name(".stats.json").read_bytes())["PagesDiscard"]
+    except (OSError, ValueError):
+        return False
+    return bool(sizes) and pages % (sizes[0] // PAGE_BYTES) != 0
+
+
+def _discard(device: Path, state: swap.State, root: Path) -> Finding:
     name = f"{device.name} discard"
     if _read(root / "sys/block" / device.name / "queue/discard_max_bytes") == "0":
         return Finding(WARN, name, "the device has none: freed pages stay; down, then up")
@@ -306,10 +324,13 @@ def _discard(device: Path, root: Path) -> Finding:
     )
     if said and not re.fullmatch(r"(SS)?Ds?c", said[-1]):
         return Finding(WARN, name, "swap is on without: freed pages stay; swapon --discard")
+    if not said and not _has_freed(device, state, root):
+        text = "cannot be told: not in the kernel's log any more, and no cluster was freed yet"
+        return Finding(WARN, name, text)
     return Finding(OK, name, "on")
 
 
-def _loop(device: Path, root: Path) -> Iterator[Finding]:
+def _loop(device: Path, state: swap.State, root: Path) -> Iterator[Finding]:
     folder = root / "sys/block" / device.name
     again = "losetup --direct-io=on --sector-size 4096"
     if _read(folder / "loop/dio") == "1":
@@ -318,16 +339,16 @@ def _loop(device: Path, root: Path) -> Iterator[Finding]:
         text = f"off: each page is cached twice; {again}"
         yield Finding(WARN, f"{device.name} direct I/O", text)
     sector = _read(folder / "queue/logical_block_size")
-    state, advice = (OK, "") if sector == "4096" else (WARN, f", not 4096; {again}")
-    yield Finding(state, f"{device.name} sectors", f"{sector} bytes{advice}")
-    yield _discard(device, root)
+    kind, advice = (OK, "") if sector == "4096" else (WARN, f", not 4096; {again}")
+    yield Finding(kind, f"{device.name} sectors", f"{sector} bytes{advice}")
+    yield _discard(device, state, root)
 
 
 def _swaps(state: swap.State, root: Path) -> Iterator[Finding]:
     if not state.swaps:
         yield Finding(WARN, "swap", "not on; zswapfs up")
     for device in state.loops:
-        yield from _loop(Path(device), root)
+        yield from _loop(Path(device), state, root)
 
 
 def _page_cluster(root: Path) -> Finding:
