@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Swapped, zswapfs
-from test_protect import V1, V2, make
+from test_protect import NO_LIMIT_V1, V1, V2, make
 from test_strict import may_have_resources
 
 from zswapfs.check import (
@@ -40,7 +40,9 @@ class Machine:
     def __init__(self, root: Path) -> None:
         self.root = root
         make(root, V2.format(root="/"), "0::/a", **{"a/memory.max": "max"})
+        self.write("sys/fs/cgroup/cgroup.controllers", "cpu memory")
         self.write("sys/fs/cgroup/a/memory.swap.current", "0")
+        self.write("sys/fs/cgroup/a/b/memory.swap.max", "1048576")
         self.write("proc/sys/kernel/osrelease", "6.9.1-amd64")
         self.write("proc/sys/vm/page-cluster", "5")
         self.write("sys/module/zswap/parameters/enabled", "N")
@@ -126,7 +128,7 @@ def test_all_is_well(machine: Machine) -> None:
     found = machine.look()
     assert {finding.state for finding in found} == {OK}
     names = [finding.name for finding in found]
-    assert len(set(names)) == len(names) == 17
+    assert len(set(names)) == len(names) == 18
 
 
 def test_supervisor_and_worker_are_told_apart(machine: Machine) -> None:
@@ -256,6 +258,7 @@ def test_a_limited_cgroup(machine: Machine) -> None:
     limit = f"limited by {machine.root}/sys/fs/cgroup/a/memory.high"
     assert text.startswith(f"supervisor {limit}, worker {limit}; ")
     limits = {"b/memory.limit_in_bytes": "4096", "memory.memsw.usage_in_bytes": "0"}
+    limits["b/memory.memsw.limit_in_bytes"] = "8192"
     make(machine.root, V1.format(root="/"), "4:memory:/a", **limits)
     assert {finding.state for finding in machine.look()} == {OK}
     machine.write(f"proc/{WORKER}/cgroup", "4:memory:/b")
@@ -329,6 +332,25 @@ def test_no_swap_accounting(machine: Machine) -> None:
     limits = {"memory.limit_in_bytes": str(1 << 63)}
     make(machine.root, V1.format(root="/"), "4:memory:/a", **limits)
     assert machine.complaint()[:2] == (WARN, "swap accounting")
+
+
+def test_no_memory_cgroups(machine: Machine) -> None:
+    """Of either version."""
+    machine.write("sys/fs/cgroup/cgroup.controllers", "cpu pids")
+    state, name, text = machine.complaint()
+    assert (state, name) == (WARN, "swap accounting")
+    assert text.startswith("no memory cgroups: ")
+    machine.write("proc/self/mountinfo", "22 1 0:5 / /dev rw - devtmpfs devtmpfs rw\n")
+    assert machine.complaint()[:2] == (WARN, "swap accounting")
+
+
+def test_no_swap_limits(machine: Machine) -> None:
+    """What version 1 calls no limit is a number."""
+    machine.write("sys/fs/cgroup/a/b/memory.swap.max", "max")
+    assert machine.complaint()[:2] == (WARN, "swap limits")
+    files = {"memory.memsw.usage_in_bytes": "0", "memory.memsw.limit_in_bytes": NO_LIMIT_V1}
+    make(machine.root, V1.format(root="/"), "4:memory:/a", **files)
+    assert machine.complaint()[:2] == (WARN, "swap limits")
 
 
 def test_cpus_that_sleep(machine: Machine) -> None:

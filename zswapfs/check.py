@@ -17,7 +17,14 @@ from . import swap
 from .config import PAGE_BYTES
 from .errors import ConfigError, SetupError
 from .privileges import CAP_IPC_LOCK, give_up_capabilities
-from .protect import hierarchies, memory_limits, sessions
+from .protect import (
+    Hierarchy,
+    cgroups_below,
+    has_limit,
+    hierarchies,
+    memory_limits,
+    sessions,
+)
 from .tune import PAGE_CLUSTER
 
 OK, MISSING, WARN = "ok", "MISSING", "warn"
@@ -33,6 +40,7 @@ _UNLOCKABLE = frozenset({b"io", b"pf", b"mm", b"de", b"ht", b"dp"})
 
 The last one's pages (MAP_DROPPABLE, Linux 6.11: glibc's for random numbers) it drops instead."""
 _RESEND_SINCE = (6, 9)
+_SWAP_LIMITS = ("memory.swap.max", "memory.memsw.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -366,10 +374,12 @@ def _zswap(root: Path) -> Finding:
     return Finding(OK, "zswap", "off")
 
 
-def _swap_accounting(root: Path) -> Finding:
+def _swap_accounting(trees: list[Hierarchy]) -> Finding:
     """Look whether the kernel counts what each memory cgroup has in swap."""
     name = "swap accounting"
-    for tree in hierarchies(root):
+    if not trees:
+        return Finding(WARN, name, "no memory cgroups: one program can fill all swap")
+    for tree in trees:
         is_v1 = tree.controller == "memory"
         file = "memory.memsw.usage_in_bytes" if is_v1 else "memory.swap.current"
         groups = (
@@ -382,6 +392,29 @@ def _swap_accounting(root: Path) -> Finding:
             )
             return Finding(WARN, name, text)
     return Finding(OK, name, "on")
+
+
+def _swap_limits(trees: list[Hierarchy]) -> Finding:
+    """Look whether any memory cgroup has a limit of what it may have in swap."""
+    name = "swap limits"
+    groups = (group for tree in trees for group in cgroups_below(tree.mount))
+    if any(has_limit(group / file) for group in groups for file in _SWAP_LIMITS):
+        return Finding(OK, name, "some cgroups have one")
+    text = "none: one program can fill all swap; MemorySwapMax= for services that may grow"
+    return Finding(WARN, name, text)
+
+
+def _swap_cgroups(root: Path) -> Iterator[Finding]:
+    trees = [
+        tree
+        for tree in hierarchies(root)
+        if tree.controller == "memory"
+        or "memory" in _read(tree.mount / "cgroup.controllers").split()
+    ]
+    accounting = _swap_accounting(trees)
+    yield accounting
+    if accounting.state == OK:  # or there is nothing to limit
+        yield _swap_limits(trees)
 
 
 def _sleep(root: Path) -> Finding:
@@ -416,6 +449,6 @@ def look(processes: tuple[Process, ...], state: swap.State, root: Path) -> list[
         *_swaps(state, root),
         _page_cluster(root),
         _zswap(root),
-        _swap_accounting(root),
+        *_swap_cgroups(root),
         _sleep(root),
     ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LIMITS = ("memory.limit_in_bytes", "memory.max", "memory.high")
-UNLIMITED = 1 << 62
+_UNLIMITED = 1 << 62
 """What version 1 calls no limit is a little less than 2^63, depending on the page size."""
 _VERSION_2, _MEMORY, _SYSTEMD = "", "memory", "name=systemd"
 """Hierarchies, as /proc/PID/cgroup names them; the last two are of version 1."""
@@ -50,7 +50,7 @@ class Hierarchy:
         """
         found = []
         while True:
-            found += [group / name for name in _LIMITS if _has_limit(group / name)]
+            found += [group / name for name in _LIMITS if has_limit(group / name)]
             if group == self.mount:
                 return found
             group = group.parent
@@ -71,12 +71,13 @@ class Hierarchy:
         return None
 
 
-def _has_limit(file: Path) -> bool:
+def has_limit(file: Path) -> bool:
+    """Say whether there is such a file of a cgroup, and it limits something."""
     try:
         text = file.read_text().strip()
     except OSError:
         return False
-    return text != "max" and int(text) < UNLIMITED
+    return text != "max" and int(text) < _UNLIMITED
 
 
 def _controller(fstype: str, options: list[str]) -> str | None:
