@@ -173,13 +173,13 @@ def test_down_kills_nobody_in_a_full_cgroup(
 
 
 def test_down_without_memory_says_so(swapped_on: Callable[..., Swapped], place: Path) -> None:
-    """Seen through a /proc/meminfo that has no memory: nothing is changed."""
+    """Seen through a /proc/meminfo that has none; swap in memory is no room. Nothing is changed."""
     swap = swapped_on("--size", "128M")
     fake = place.with_name("meminfo")
     fake.write_text("MemAvailable:       0 kB\n")
     swaps = place.with_name("swaps")
-    line = f"{swap.device} partition 131068 50000 100\n"
-    swaps.write_text("Filename Type Size Used Priority\n" + line)
+    lines = f"{swap.device} partition 131068 50000 100\n/dev/zram0 partition 1048576 0 50\n"
+    swaps.write_text("Filename Type Size Used Priority\n" + lines)
     command = f"mount --bind {fake} /proc/meminfo && mount --bind {swaps} /proc/swaps && "
     done = run("unshare", "-m", "sh", "-c", f"{command} exec {ZSWAPFS} down {swap.path}")
     assert done.returncode == 1
@@ -287,6 +287,60 @@ def test_a_swapoff_that_fails_changes_nothing(swapped_on: Callable[..., Swapped]
     assert swapped.stats()["DiskSize"] == 64 << 10
 
 
+def _is_stuck(process: "subprocess.Popen[bytes]") -> bool:
+    """Say whether a process waits in the kernel, and not just for a moment."""
+    for _ in range(10):
+        if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "D":
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_down_waits_for_another_swapoff(
+    swapped_on: Callable[..., Swapped], corpus_file: Path
+) -> None:
+    """As systemd starts one at shutdown: held up here by a worker that stands still."""
+    swapped = swapped_on("--size", "512M", "-o", "heartbeat=0")
+    load = _swapped_out(swapped, corpus_file)
+    _limit(swapped.groups[0], 512)
+    worker = max(swapped.daemon())
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        other = subprocess.Popen(["swapoff", swapped.device])
+        end = time.monotonic() + TIMEOUT
+        while not _is_stuck(other):
+            assert time.monotonic() < end
+        down = subprocess.Popen([ZSWAPFS, "down", swapped.path])
+        time.sleep(1)
+        assert down.poll() is None
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert other.wait(TIMEOUT) == 0
+    assert down.wait(TIMEOUT) == 0
+    _nothing_is_left(swapped.path)
+    out, _ = load.communicate(timeout=120)
+    assert load.returncode == 0
+    assert " 0 wrong" in out
+
+
+def test_a_swapoff_after_one_that_failed(swapped_on: Callable[..., Swapped]) -> None:
+    """The kernel finds no such swap for a while, in whatever language; then it does."""
+    swapped = swapped_on("--size", "64M")
+    folder = swapped.path.with_name("bin")
+    folder.mkdir()
+    (folder / "swapoff").write_text(
+        f"#!/bin/sh\n[ $LC_ALL = C ] && [ -e {folder}/twice ] && exec /sbin/swapoff $1\n"
+        f"[ -e {folder}/once ] && >{folder}/twice\n>{folder}/once\n"
+        'echo "swapoff: $1: swapoff failed: Invalid argument" >&2\nexit 4\n'
+    )
+    (folder / "swapoff").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+    words = [ZSWAPFS, "down", swapped.path]
+    done = subprocess.run(words, env=env, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0
+    _nothing_is_left(swapped.path)
+
+
 def test_an_interrupted_down_can_be_repeated(
     swapped_on: Callable[..., Swapped], corpus_file: Path
 ) -> None:
@@ -324,6 +378,26 @@ def test_an_up_that_is_interrupted_takes_everything_down(place: Path, number: in
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run([ZSWAPFS, "up", place, "--size", "64M"], env=env, check=False)
     assert done.returncode in (1, 143)
+    _nothing_is_left(place)
+
+
+def test_a_second_interruption_while_up_cleans_up(place: Path) -> None:
+    """As a terminal sends it, to the whole group: what takes down goes on."""
+    folder = place.with_name("bin")
+    folder.mkdir()
+    (folder / "mkswap").write_text("#!/bin/sh\nkill -INT -$PPID\nsleep 60\n")
+    (folder / "losetup").write_text(
+        '#!/bin/sh\n[ "$1" = -d ] && kill -INT -$PPID\nexec /sbin/losetup "$@"\n'
+    )
+    for tool in folder.iterdir():
+        tool.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    words = [ZSWAPFS, "up", place, "--size", "64M"]
+    began = time.monotonic()
+    up = subprocess.Popen(words, env=env, process_group=0, stderr=subprocess.PIPE)
+    assert up.communicate(timeout=TIMEOUT)[1] == b"\nAborted!\n"
+    assert up.returncode == 1
+    assert time.monotonic() - began < 50
     _nothing_is_left(place)
 
 

@@ -28,7 +28,7 @@ from .heartbeat import PATIENCE, START_SECONDS, Heartbeat
 from .mount import SIGNALS, Mount, restart_fifo, restart_python, unmount
 from .privileges import keep_out_others
 from .program import Program
-from .protect import leave_limited_cgroup
+from .protect import leave_harmful_cgroups
 from .store import format_region, lane_steps, probe_region, region_memory
 
 LEAST_PAUSE, MOST_PAUSE = 0.1, 5.0
@@ -442,7 +442,7 @@ def serve(mount: Mount, ready_fd: int) -> int:
     _be_called(NAME)
     for number in _FROM_TERMINALS:
         signal.signal(number, signal.SIG_IGN)
-    missing = leave_limited_cgroup() + worker.protect_memory(bring_in=mount.worker > 0)
+    missing = leave_harmful_cgroups() + worker.protect_memory(bring_in=mount.worker > 0)
     memory_fd = worker.open_own_memory()
     keep_out_others()
     for fd in (mount.fuse_fd, mount.region_fd, ready_fd):
