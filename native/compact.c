@@ -254,6 +254,7 @@ static void prefetch_move(const struct store *store, const struct move *move)
 
 static void move_all(struct store *store, struct compaction *c)
 {
+	struct region_patience patience = {0};
 	uint64_t moved = 0;
 
 	qsort(c->moves, c->nr_moves, sizeof(*c->moves), compare_moves);
@@ -263,7 +264,7 @@ static void move_all(struct store *store, struct compaction *c)
 		if (i + PREFETCH_AHEAD < c->nr_moves)
 			prefetch_move(store, &c->moves[i + PREFETCH_AHEAD]);
 		rv = move_block(store, c, &c->moves[i]);
-		if (rv == -EAGAIN && !region_wait_ready(store->region, true))
+		if (rv == -EAGAIN && !region_wait_ready(store->region, true, &patience))
 			rv = move_block(store, c, &c->moves[i]);
 		if (rv < 0)
 			break;

@@ -21,6 +21,7 @@
 
 #define KEEPER_BATCH 256 /* chunks punched in one go */
 #define KEEPER_REFILL 16 /* chunks populated in one go: one MiB, so that waiters wait briefly */
+#define PATIENCE_SECONDS 1
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -82,9 +83,16 @@ static bool wants_return(const struct region *region)
 	       region->stale != CHUNK_NONE;
 }
 
+/* After a try that failed the keeper rests until somebody waits for another. */
+static bool may_try(const struct region *region)
+{
+	return !region->nr_tries || region->failed_try != region->nr_tries ||
+	       region->wanted_try > region->nr_tries;
+}
+
 static bool keeper_has_work(const struct region *region)
 {
-	return (wants_refill(region) && !region->refill_error) || region->fresh ||
+	return (wants_refill(region) && may_try(region)) || region->fresh ||
 	       (wants_return(region) && !region->held);
 }
 
@@ -154,9 +162,11 @@ static uint32_t take_holes(struct region *region, uint32_t *batch)
 {
 	uint32_t touched = region_nr_touched(region);
 	uint32_t want = reserve_target(region) - region->nr_ready;
+	/* Where there is none, the first one is for who waits already. */
+	uint32_t most = region->nr_ready ? KEEPER_REFILL : 1;
 	uint32_t nr = 0;
 
-	while (nr < want && nr < KEEPER_REFILL) {
+	while (nr < want && nr < most) {
 		uint32_t c = list_pop(region, &region->holes, CHUNK_HOLE);
 
 		if (c == CHUNK_NONE && touched == region->nr_chunks)
@@ -171,35 +181,56 @@ static uint32_t take_holes(struct region *region, uint32_t *batch)
 	return nr;
 }
 
-/* With both locks; drops region->lock meanwhile. */
-static void refill(struct region *region)
+/* Returns how many of @batch, sorted by this, are populated. */
+static uint32_t populate_chunks(struct region *region, uint32_t *batch, uint32_t nr)
 {
-	uint32_t batch[KEEPER_REFILL];
-	uint32_t nr = take_holes(region, batch);
 	uint32_t done = 0;
-	int error = nr ? 0 : -ENOSPC;
 
-	pthread_mutex_unlock(&region->lock);
 	qsort(batch, nr, sizeof(*batch), compare_chunks);
-	while (done < nr && !error) {
+	while (done < nr) {
 		uint32_t to = next_run(batch, done, nr);
 
-		error = region_populate(region,
-					region->geometry.arena_off +
-						(uint64_t)batch[done] * region->chunk_bytes,
-					(uint64_t)(to - done) * region->chunk_bytes);
-		if (!error)
-			done = to;
+		if (region_populate(region,
+				    region->geometry.arena_off +
+					    (uint64_t)batch[done] * region->chunk_bytes,
+				    (uint64_t)(to - done) * region->chunk_bytes))
+			break;
+		done = to;
 	}
-	pthread_mutex_lock(&region->lock);
+	return done;
+}
+
+/* The first @done of @batch are populated. With region->lock. */
+static void publish(struct region *region, const uint32_t *batch, uint32_t done, uint32_t nr)
+{
 	for (uint32_t i = nr; i-- > 0;)
 		if (i < done)
 			list_push(region, &region->ready, batch[i], CHUNK_READY);
 		else
 			list_push(region, &region->holes, batch[i], CHUNK_HOLE);
 	region->nr_ready += done;
-	region->refill_error = error;
+	if (done) {
+		region->nr_published++;
+		region->stuck = false;
+	}
 	pthread_cond_broadcast(&region->change);
+}
+
+/* With both locks; drops region->lock meanwhile. Returns whether all went well. */
+static bool refill(struct region *region)
+{
+	uint32_t batch[KEEPER_REFILL];
+	uint64_t try = ++region->nr_tries;
+	uint32_t nr = take_holes(region, batch);
+	uint32_t done;
+
+	pthread_mutex_unlock(&region->lock);
+	done = populate_chunks(region, batch, nr);
+	pthread_mutex_lock(&region->lock);
+	if (!done || done < nr)
+		region->failed_try = try;
+	publish(region, batch, done, nr);
+	return region->failed_try != try;
 }
 
 /* With both locks; drops region->lock meanwhile. */
@@ -232,9 +263,10 @@ static void return_surplus(struct region *region)
 /* A batch at a time, each of which wakes who waits for it. With both locks. */
 static void fill_reserve(struct region *region)
 {
-	region->refill_error = 0;
-	while (!region->refill_error && !region->stop && region->nr_ready < reserve_target(region))
-		refill(region);
+	bool good = true;
+
+	while (good && !region->stop && region->nr_ready < reserve_target(region))
+		good = refill(region);
 }
 
 static void *keeper_main(void *arg)
@@ -400,15 +432,32 @@ int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 	return rv;
 }
 
-int region_wait_ready(struct region *region, bool compacting)
+static void begin_patience(const struct region *region, struct region_patience *patience)
 {
-	int rv;
+	clock_gettime(CLOCK_MONOTONIC, &patience->until);
+	patience->until.tv_sec += PATIENCE_SECONDS;
+	patience->nr_published = region->nr_published;
+}
+
+int region_wait_ready(struct region *region, bool compacting, struct region_patience *patience)
+{
+	uint64_t arrived;
+	int rv = 0;
 
 	pthread_mutex_lock(&region->lock);
-	region->refill_error = 0; /* try once more for this caller */
+	if (!patience->until.tv_sec)
+		begin_patience(region, patience);
+	/* What failed before, or is failing now, says nothing about memory that came back since. */
+	arrived = region->nr_tries;
+	region->wanted_try = arrived + 1;
 	pthread_cond_signal(&region->work);
-	while (!has_ready(region, compacting) && !region->refill_error && wants_refill(region))
-		pthread_cond_wait(&region->change, &region->lock);
+	while (!has_ready(region, compacting) && wants_refill(region) && !region->stuck &&
+	       region->failed_try <= arrived && rv != ETIMEDOUT)
+		rv = pthread_cond_timedwait(&region->change, &region->lock, &patience->until);
+	if (rv == ETIMEDOUT && region->nr_published == patience->nr_published) {
+		region->stuck = true;
+		pthread_cond_broadcast(&region->change);
+	}
 	rv = has_ready(region, compacting) ? 0 : -ENOSPC;
 	pthread_mutex_unlock(&region->lock);
 	return rv;

@@ -33,6 +33,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "journal.h"
 #include "prelude.h"
@@ -113,12 +114,16 @@ struct region {
 	uint32_t ready, holes; /* heads of lists */
 	uint32_t stale;	       /* likewise: free, but not populated throughout */
 	uint32_t nr_ready, nr_used;
-	uint32_t reserve;  /* READY chunks to hold */
-	uint32_t max_used; /* cap on USED chunks */
-	uint32_t spare;	   /* of these, the last ones only for compaction */
-	int refill_error;  /* of the last try to populate, 0 when it went well */
-	uint32_t held;	   /* while compaction runs: READY chunks above the reserve that may stay */
-	uint64_t fresh;	   /* page of the slot table touched last for the first time, plus 1 */
+	uint32_t reserve;      /* READY chunks to hold */
+	uint32_t max_used;     /* cap on USED chunks */
+	uint32_t spare;	       /* of these, the last ones only for compaction */
+	uint64_t nr_tries;     /* to populate chunks, begun so far */
+	uint64_t failed_try;   /* the last of these that failed, counted from 1 */
+	uint64_t wanted_try;   /* somebody waits for this one's end */
+	uint64_t nr_published; /* of these, how many gave READY chunks */
+	bool stuck;	       /* a waiter lost patience, and no try gave any since */
+	uint32_t held;	/* while compaction runs: READY chunks above the reserve that may stay */
+	uint64_t fresh; /* page of the slot table touched last for the first time, plus 1 */
 	uint64_t fresh_before[REGION_NR_FRESH]; /* the keeper's: those that it saw before */
 	uint32_t nr_fresh;
 	uint64_t *ahead;    /* a bit for each such page that the keeper populated; under lock */
@@ -180,8 +185,22 @@ void region_reset_chunks(struct region *region, uint32_t nr_chunks);
  */
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk);
 
-/** region_wait_ready - wait for the keeper. Return: 0, -ENOSPC (the OS has no memory). */
-int region_wait_ready(struct region *region, bool compacting);
+/* How long a request waits for the keeper, in all its waits; all zero before the first. */
+struct region_patience {
+	struct timespec until;
+	uint64_t nr_published; /* before */
+};
+
+/**
+ * region_wait_ready - wait for the keeper, up to a second
+ *
+ * The OS may be busy for long, and reclaim, which the OS is busy with, may wait for the caller:
+ * after a second the page had better stay with the kernel. From then on nobody waits at all until
+ * the keeper has got memory again: a queue of requests does not take a second each.
+ *
+ * Return: 0, -ENOSPC (a try that began after the call failed, or it takes too long).
+ */
+int region_wait_ready(struct region *region, bool compacting, struct region_patience *patience);
 
 /** region_give_chunk - return a chunk; its memory must be zero. Context: below the arena lock. */
 void region_give_chunk(struct region *region, uint32_t chunk);

@@ -182,6 +182,19 @@ static uint32_t place_bits(const struct region_geometry *h)
 	return 64 - (uint32_t)__builtin_clzll(nr_words - 1);
 }
 
+static void init_locks(struct region *region)
+{
+	pthread_condattr_t monotonic;
+
+	pthread_mutex_init(&region->keeping, NULL);
+	pthread_mutex_init(&region->lock, NULL);
+	pthread_cond_init(&region->work, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&region->change, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+}
+
 int region_map(struct region **out, int fd)
 {
 	struct region_geometry h;
@@ -220,10 +233,7 @@ int region_map(struct region **out, int fd)
 	region->ready = region->holes = region->stale = CHUNK_NONE;
 	region_mend(region);
 	set_limits(region, &h);
-	pthread_mutex_init(&region->keeping, NULL);
-	pthread_mutex_init(&region->lock, NULL);
-	pthread_cond_init(&region->work, NULL);
-	pthread_cond_init(&region->change, NULL);
+	init_locks(region);
 	*out = region;
 	return 0;
 }

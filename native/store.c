@@ -273,6 +273,7 @@ void store_unlock_arena(struct store *store)
 /* Returns how many of @nr got their block; the first that did not ends it. */
 static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t index, uint32_t nr)
 {
+	struct region_patience patience = {0};
 	uint32_t i = 0;
 
 	arena_lock(&store->arena);
@@ -285,7 +286,7 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 					 false, &staged->place);
 		if (rv == -EAGAIN) {
 			arena_unlock(&store->arena);
-			rv = region_wait_ready(store->region, false);
+			rv = region_wait_ready(store->region, false, &patience);
 			arena_lock(&store->arena);
 			if (!rv)
 				continue;

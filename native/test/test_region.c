@@ -2,98 +2,7 @@
  *
  * Tests of region.c: layout, reserve, limit, what goes back to the OS, and calls that fail.
  */
-#include "fixture.h"
-#include "seam.h"
-
-#define CHUNK (64 * KIB)
-
-struct fixture {
-	int fd;
-	struct region *region;
-};
-
-static struct region *open_region(struct fixture *f, uint64_t nr_pages, uint32_t chunk_bytes,
-				  uint64_t mem_limit, uint64_t reserve_bytes)
-{
-	struct store_options options = {.nr_pages = nr_pages,
-					.mem_limit = mem_limit,
-					.reserve_bytes = reserve_bytes,
-					.chunk_bytes = chunk_bytes};
-
-	f->fd = open_memory();
-	assert_int_equal(region_format(f->fd, &options), 0);
-	assert_int_equal(region_map(&f->region, f->fd), 0);
-	assert_int_equal(region_start_keeper(f->region), 0);
-	return f->region;
-}
-
-static void close_region(struct fixture *f)
-{
-	region_destroy(f->region);
-	close(f->fd);
-	seam_reset();
-}
-
-static uint32_t nr_ready(struct region *region)
-{
-	uint32_t nr;
-
-	pthread_mutex_lock(&region->lock);
-	nr = region->nr_ready;
-	pthread_mutex_unlock(&region->lock);
-	return nr;
-}
-
-/* Wait until the keeper has populated @nr chunks. */
-static void await_ready(struct region *region, uint32_t nr)
-{
-	uint64_t end = now_ns() + 10000000000;
-
-	while (nr_ready(region) < nr) {
-		assert_true(now_ns() < end);
-		usleep(200);
-	}
-}
-
-static uint64_t resident(const struct fixture *f)
-{
-	struct stat st;
-
-	assert_int_equal(fstat(f->fd, &st), 0);
-	return (uint64_t)st.st_blocks * 512;
-}
-
-static uint32_t take(struct region *region)
-{
-	uint32_t c;
-	int rv;
-
-	while ((rv = region_take_chunk(region, false, &c)) == -EAGAIN)
-		assert_int_equal(region_wait_ready(region, false), 0);
-	assert_int_equal(rv, 0);
-	return c;
-}
-
-static char *chunk_bytes_of(struct region *region, uint32_t c)
-{
-	return (char *)region->arena + (uint64_t)c * region->chunk_bytes;
-}
-
-/* Like a chunk that the arena used: not zero meanwhile, zero when it goes back. */
-static void use(struct region *region, uint32_t c)
-{
-	char *bytes = chunk_bytes_of(region, c);
-
-	for (uint32_t i = 0; i < region->chunk_bytes; i++)
-		assert_int_equal(bytes[i], 0);
-	memset(bytes, 0xa5, region->chunk_bytes);
-}
-
-static void give(struct region *region, uint32_t c)
-{
-	memset(chunk_bytes_of(region, c), 0, region->chunk_bytes);
-	region_give_chunk(region, c);
-}
+#include "region_fixture.h"
 
 /* The file is nameless and ours alone. */
 static void test_memory_has_no_name(void **state)
@@ -310,7 +219,7 @@ static void test_limit_covers_the_reserve(void **state)
 		uint64_t arena, tables, reserve;
 
 		rv = region_take_chunk(f.region, false, &chunks[nr]);
-		if (rv == -EAGAIN && !region_wait_ready(f.region, false))
+		if (rv == -EAGAIN && !wait_ready(f.region, false))
 			rv = region_take_chunk(f.region, false, &chunks[nr]);
 		if (rv)
 			break;
@@ -369,71 +278,6 @@ static void test_punched_chunk_comes_back(void **state)
 	close_region(&f);
 }
 
-/* While the OS has no memory, taking fails cleanly; as soon as it has some, it goes on. */
-static void test_failed_populate_is_enospc_until_it_works(void **state)
-{
-	struct fixture f;
-	uint32_t c, nr = 0;
-	int rv;
-
-	(void)state;
-	open_region(&f, 100000, CHUNK, 0, 4 * CHUNK);
-	await_ready(f.region, 4);
-	seam_set(&populate_seam, 0, 1 << 30, ENOSPC);
-	while ((rv = region_take_chunk(f.region, false, &c)) == 0)
-		nr++;
-	assert_int_equal(rv, -EAGAIN);
-	assert_int_equal(nr, 4);
-	for (int i = 0; i < 20; i++) {
-		assert_int_equal(region_wait_ready(f.region, false), -ENOSPC);
-		assert_int_equal(region_take_chunk(f.region, false, &c), -EAGAIN);
-	}
-	seam_reset();
-	assert_int_equal(region_wait_ready(f.region, false), 0);
-	use(f.region, take(f.region));
-	close_region(&f);
-}
-
-struct waiter {
-	struct region *region;
-	_Atomic int rv;
-};
-
-static void *wait_for_chunk(void *arg)
-{
-	struct waiter *w = arg;
-
-	w->rv = region_wait_ready(w->region, false);
-	return NULL;
-}
-
-/* Whoever waits for the keeper takes a chunk that somebody gives back meanwhile. */
-static void test_given_chunk_ends_the_wait(void **state)
-{
-	struct fixture f;
-	struct waiter w;
-	pthread_t thread;
-	uint32_t c;
-
-	(void)state;
-	w.region = open_region(&f, 100000, CHUNK, 0, CHUNK);
-	w.rv = 1;
-	c = take(f.region);
-	await_ready(f.region, 1);
-	pthread_mutex_lock(&f.region->keeping); /* the keeper can do nothing */
-	take(f.region);
-	pthread_create(&thread, NULL, wait_for_chunk, &w);
-	usleep(20000);
-	assert_int_equal(w.rv, 1);
-	give(f.region, c);
-	for (int i = 0; i < 2000 && w.rv == 1; i++)
-		usleep(1000);
-	assert_int_equal(w.rv, 0);
-	pthread_mutex_unlock(&f.region->keeping);
-	pthread_join(thread, NULL);
-	close_region(&f);
-}
-
 /* The Nth populate fails, for each N: nothing is lost, nothing is counted twice. */
 static void test_each_failed_populate_is_survived(void **state)
 {
@@ -450,7 +294,7 @@ static void test_each_failed_populate_is_survived(void **state)
 
 			assert_true(tries < 1000);
 			if (rv == -EAGAIN)
-				region_wait_ready(f.region, false);
+				wait_ready(f.region, false);
 			else if (!rv)
 				use(f.region, chunks[nr++]);
 		}
@@ -585,8 +429,6 @@ int main(void)
 		cmocka_unit_test(test_limit_covers_the_reserve),
 		cmocka_unit_test(test_one_chunk_is_enough),
 		cmocka_unit_test(test_punched_chunk_comes_back),
-		cmocka_unit_test(test_failed_populate_is_enospc_until_it_works),
-		cmocka_unit_test(test_given_chunk_ends_the_wait),
 		cmocka_unit_test(test_each_failed_populate_is_survived),
 		cmocka_unit_test(test_interrupted_calls_are_repeated),
 		cmocka_unit_test(test_without_populate_advice),
