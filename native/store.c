@@ -10,6 +10,8 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 
+#include "memory.h"
+
 static int store_open(struct store **out, int fd)
 {
 	size_t bytes = sizeof(struct scratch) * REGION_NR_COUNTERS;
@@ -21,13 +23,11 @@ static int store_open(struct store **out, int fd)
 	rv = region_map(&store->region, fd);
 	if (rv)
 		goto out_free;
-	store->scratch =
-		mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (store->scratch == MAP_FAILED) {
+	store->scratch = memory_map(bytes);
+	if (!store->scratch) {
 		rv = -ENOMEM;
 		goto out_region;
 	}
-	madvise(store->scratch, bytes, MADV_DONTDUMP);
 	store->compaction = compaction_create();
 	if (!store->compaction) {
 		rv = -ENOMEM;

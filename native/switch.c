@@ -2,7 +2,7 @@
  *
  * switch - lanes and their token, from start to unmount; see switch.h
  *
- * Memory, one mapping, touched ahead, not in core dumps, not copied to children (a child's copy
+ * Memory, one mapping, populated ahead, not in core dumps, not copied to children (a child's copy
  * would make the next touch of a lane a fault that needs memory):
  *
  *   | ring | reply | buffer 0: 4016 free, headers (80) | payload | buffer 1: ... |
@@ -20,6 +20,8 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "memory.h"
 
 #define STACK_BYTES (256U << 10)
 #define TOUCHED_STACK_BYTES (64U << 10) /* the store's deepest call takes less than 4 KiB */
@@ -225,13 +227,9 @@ static int map_memory(struct fuse_switch *sw)
 	sw->buffers = calloc(nr_buffers, sizeof(*sw->buffers));
 	if (!sw->buffers)
 		return -ENOMEM;
-	sw->memory = mmap(NULL, sw->memory_bytes, PROT_READ | PROT_WRITE,
-			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	if (sw->memory == MAP_FAILED) {
-		sw->memory = NULL;
+	sw->memory = memory_map(sw->memory_bytes);
+	if (!sw->memory)
 		return -ENOMEM;
-	}
-	madvise(sw->memory, sw->memory_bytes, MADV_DONTDUMP);
 	madvise(sw->memory, sw->memory_bytes, MADV_DONTFORK);
 	sw->ring.bytes = sw->memory;
 	sw->reply = sw->memory + sw->ring.size;
