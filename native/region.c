@@ -25,13 +25,6 @@
 #define KEEPER_REFILL 16 /* chunks populated in one go: one MiB, so that waiters wait briefly */
 #define PATIENCE_SECONDS 1
 
-static void list_push(struct region *region, uint32_t *head, uint32_t c, enum chunk_state state)
-{
-	region->chunks[c].state = (uint8_t)state;
-	region->chunks[c].next = *head;
-	*head = c;
-}
-
 /* Return: a chunk of a list of those in @state, now KEPT; CHUNK_NONE: the list is empty, or damaged
  * from here on. */
 static uint32_t list_pop(struct region *region, uint32_t *head, enum chunk_state state)
@@ -55,8 +48,7 @@ static uint32_t ready_pop(struct region *region)
 	return c;
 }
 
-/* READY chunks to hold now: the memory limit covers the reserve too. */
-static uint32_t reserve_target(const struct region *region)
+uint32_t region_reserve_target(const struct region *region)
 {
 	uint32_t room = region->max_used - region->nr_used;
 
@@ -65,7 +57,7 @@ static uint32_t reserve_target(const struct region *region)
 
 static uint32_t refill_level(const struct region *region)
 {
-	uint32_t target = reserve_target(region);
+	uint32_t target = region_reserve_target(region);
 
 	return region->held ? (target + 3) / 4 : target - target / 4;
 }
@@ -77,7 +69,7 @@ static bool wants_refill(const struct region *region)
 
 static bool wants_return(const struct region *region)
 {
-	return region->nr_ready > reserve_target(region) + region->held ||
+	return region->nr_ready > region_reserve_target(region) + region->held ||
 	       region->stale != CHUNK_NONE;
 }
 
@@ -131,7 +123,7 @@ int region_populate(struct region *region, uint64_t offset, uint64_t bytes)
 	return 0;
 }
 
-static int punch(struct region *region, uint64_t offset, uint64_t bytes)
+int region_drop(struct region *region, uint64_t offset, uint64_t bytes)
 {
 	while (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 			 (off_t)(region->geometry.arena_off + offset), (off_t)bytes))
@@ -142,7 +134,7 @@ static int punch(struct region *region, uint64_t offset, uint64_t bytes)
 
 int region_punch(struct region *region, uint64_t offset, uint64_t bytes)
 {
-	int rv = punch(region, offset, bytes);
+	int rv = region_drop(region, offset, bytes);
 
 	if (rv)
 		return rv;
@@ -153,7 +145,7 @@ int region_punch(struct region *region, uint64_t offset, uint64_t bytes)
 static uint32_t take_holes(struct region *region, uint32_t *batch)
 {
 	uint32_t touched = region_nr_touched(region);
-	uint32_t want = reserve_target(region) - region->nr_ready;
+	uint32_t want = region_reserve_target(region) - region->nr_ready;
 	/* Where there is none, the first one is for who waits already. */
 	uint32_t most = region->nr_ready ? KEEPER_REFILL : 1;
 	uint32_t nr = 0;
@@ -197,9 +189,9 @@ static void publish(struct region *region, const uint32_t *batch, uint32_t done,
 {
 	for (uint32_t i = nr; i-- > 0;)
 		if (i < done)
-			list_push(region, &region->ready, batch[i], CHUNK_READY);
+			region_list_push(region, &region->ready, batch[i], CHUNK_READY);
 		else
-			list_push(region, &region->holes, batch[i], CHUNK_HOLE);
+			region_list_push(region, &region->holes, batch[i], CHUNK_HOLE);
 	region->nr_ready += done;
 	if (done) {
 		region->nr_published++;
@@ -248,7 +240,7 @@ static void return_surplus(struct region *region)
 	}
 	pthread_mutex_lock(&region->lock);
 	for (uint32_t i = nr; i-- > 0;)
-		list_push(region, &region->holes, batch[i], CHUNK_HOLE);
+		region_list_push(region, &region->holes, batch[i], CHUNK_HOLE);
 	pthread_cond_broadcast(&region->change);
 }
 
@@ -257,7 +249,7 @@ static void fill_reserve(struct region *region)
 {
 	bool good = true;
 
-	while (good && !region->stop && region->nr_ready < reserve_target(region))
+	while (good && !region->stop && region->nr_ready < region_reserve_target(region))
 		good = refill(region);
 }
 
@@ -323,72 +315,6 @@ void region_destroy(struct region *region)
 	pthread_mutex_destroy(&region->keeping);
 	free(region->ahead);
 	free(region);
-}
-
-/* Memory that may hold content must not, whatever the OS says. What is a hole is left one. */
-static void punch_or_clear(struct region *region, uint64_t offset, uint64_t bytes)
-{
-	off_t at = (off_t)(region->geometry.arena_off + offset);
-	off_t end = at + (off_t)bytes;
-
-	if (!punch(region, offset, bytes))
-		return;
-	while (at < end && (at = lseek(region->fd, at, SEEK_DATA)) >= 0 && at < end) {
-		off_t hole = lseek(region->fd, at, SEEK_HOLE);
-
-		if (hole < 0 || hole > end)
-			hole = end;
-		memset((char *)region->header + at, 0, (size_t)(hole - at));
-		at = hole;
-	}
-}
-
-static uint64_t resident_pages(const struct region *region)
-{
-	struct stat st = {0};
-
-	fstat(region->fd, &st);
-	return (uint64_t)st.st_blocks * 512 / PAGE_BYTES;
-}
-
-/* Punch what is unused, in runs as long as can be; the last one ends with the region. */
-static void punch_unused(struct region *region, uint32_t nr_chunks)
-{
-	uint32_t from = 0;
-
-	for (uint32_t c = 0; c <= nr_chunks; c++) {
-		uint32_t to = c < nr_chunks ? c : region->nr_chunks;
-
-		if (c < nr_chunks && region->chunks[c].state == CHUNK_HOLE)
-			continue;
-		if (from < to)
-			punch_or_clear(region, (uint64_t)from * region->chunk_bytes,
-				       (uint64_t)(to - from) * region->chunk_bytes);
-		from = c + 1;
-	}
-}
-
-void region_reset_chunks(struct region *region, uint32_t nr_chunks)
-{
-	uint64_t before = resident_pages(region);
-
-	pthread_mutex_lock(&region->lock);
-	region->ready = region->holes = region->stale = CHUNK_NONE;
-	region->nr_ready = region->nr_used = 0;
-	for (uint32_t c = nr_chunks; c-- > 0;) {
-		enum chunk_state state = region->chunks[c].state;
-
-		if (state == CHUNK_USED || state == CHUNK_WHOLE)
-			region->nr_used++;
-		else
-			list_push(region, &region->holes, c, CHUNK_HOLE);
-	}
-	punch_unused(region, nr_chunks);
-	atomic_store(&region->nr_touched, nr_chunks);
-	pthread_mutex_unlock(&region->lock);
-	before -= resident_pages(region);
-	if ((int64_t)before > 0)
-		atomic_fetch_add(&region->header->pages_returned, before);
 }
 
 static void note_max_used(struct region *region)
@@ -458,7 +384,7 @@ int region_wait_ready(struct region *region, bool compacting, struct region_pati
 void region_give_chunk(struct region *region, uint32_t chunk)
 {
 	pthread_mutex_lock(&region->lock);
-	list_push(region, &region->ready, chunk, CHUNK_READY);
+	region_list_push(region, &region->ready, chunk, CHUNK_READY);
 	region->nr_ready++;
 	region->nr_used--;
 	tell(region);
@@ -470,7 +396,7 @@ void region_give_punched(struct region *region, uint32_t chunk)
 	/* The whole chunk will be counted as returned; these pages were before. */
 	atomic_fetch_sub(&region->header->pages_returned, region->chunks[chunk].punched);
 	pthread_mutex_lock(&region->lock);
-	list_push(region, &region->stale, chunk, CHUNK_STALE);
+	region_list_push(region, &region->stale, chunk, CHUNK_STALE);
 	region->nr_used--;
 	tell(region);
 	pthread_mutex_unlock(&region->lock);
@@ -543,7 +469,7 @@ void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint
 	pthread_mutex_lock(&region->lock);
 	fstat(region->fd, &st);
 	ready = (uint64_t)region->nr_ready * region->chunk_bytes;
-	*reserve = (uint64_t)reserve_target(region) * region->chunk_bytes;
+	*reserve = (uint64_t)region_reserve_target(region) * region->chunk_bytes;
 	if (*reserve > ready)
 		*reserve = ready;
 	pthread_mutex_unlock(&region->lock);

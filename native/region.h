@@ -165,11 +165,12 @@ void region_mend(struct region *region);
 int region_check(struct region *region, char *message);
 
 /**
- * region_reset_chunks - forget which chunks are READY
+ * region_reset_chunks - make lists and counts of chunks again
  * @nr_chunks: chunks from here on are not in use, whatever the chunk table says
  *
- * For rebuild: chunks that are USED or WHOLE stay, all others lose their memory; those below
- * @nr_chunks become HOLE, those above are as if never used. Recounts.
+ * For rebuild: chunks below @nr_chunks that are USED or WHOLE stay. Of those that the chunk table
+ * calls READY, and that are populated, the reserve is kept, zeroed: a crash may come when the OS
+ * has no memory to fill it again. All others lose their memory.
  *
  * Context: region->keeping held; nobody else inside.
  */
@@ -233,6 +234,22 @@ uint32_t region_compaction_budget(struct region *region);
  * Return: 0, -errno.
  */
 int region_punch(struct region *region, uint64_t offset, uint64_t bytes);
+
+/** region_drop - likewise, not counted as returned. */
+int region_drop(struct region *region, uint64_t offset, uint64_t bytes);
+
+/* For region*.c: */
+
+/** region_reserve_target - READY chunks to hold now: the memory limit covers the reserve, too. */
+uint32_t region_reserve_target(const struct region *region);
+
+static inline void region_list_push(struct region *region, uint32_t *head, uint32_t c,
+				    enum chunk_state state)
+{
+	region->chunks[c].state = (uint8_t)state;
+	region->chunks[c].next = *head;
+	*head = c;
+}
 
 /* Chunks that may be in use. */
 static inline uint32_t region_nr_touched(const struct region *region)

@@ -355,7 +355,9 @@ static uint32_t rebuild_chunk(struct store *store, uint32_t c, struct arena_clai
 	qsort(claims, nr, sizeof(*claims), compare_claims);
 	nr_sound = drop_unsound(store, claims, nr);
 	if (!nr_sound) {
-		chunk->state = CHUNK_HOLE;
+		/* What nobody names may be of the reserve: region_reset_chunks() looks. */
+		if (nr || chunk->state != CHUNK_READY)
+			chunk->state = CHUNK_HOLE;
 		return nr;
 	}
 	nr -= nr_sound;

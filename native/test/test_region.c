@@ -372,49 +372,6 @@ static void test_failed_punch_keeps_the_limit(void **state)
 	close_region(&f);
 }
 
-/* Chunks that a dead process was filling hold no content when they are had again, even where the
- * OS does not take them back. */
-static void reset_forgets_unused_chunks(bool punch_fails)
-{
-	struct fixture f;
-	struct region *again;
-	uint32_t keep[8];
-	uint32_t nr_chunks;
-
-	open_region(&f, 100000, CHUNK, 0, 4 * CHUNK);
-	for (int i = 0; i < 16; i++) {
-		uint32_t c = take(f.region);
-
-		use(f.region, c);
-		if (i % 2)
-			keep[i / 2] = c;
-		else
-			f.region->chunks[c].state = CHUNK_HOLE; /* as rebuild does */
-	}
-	nr_chunks = region_nr_touched(f.region);
-	region_destroy(f.region);
-	assert_int_equal(region_map(&again, f.fd), 0);
-	seam_set(&punch_seam, 0, punch_fails ? 1 << 30 : 0, ENOMEM);
-	pthread_mutex_lock(&again->keeping);
-	region_reset_chunks(again, nr_chunks);
-	pthread_mutex_unlock(&again->keeping);
-	assert_int_equal(again->nr_used, 8);
-	f.region = again;
-	assert_int_equal(region_start_keeper(again), 0);
-	for (int i = 0; i < 8; i++)
-		assert_int_equal(chunk_bytes_of(again, keep[i])[CHUNK - 1], (char)0xa5);
-	for (int i = 0; i < 40; i++)
-		use(again, take(again));
-	close_region(&f);
-}
-
-static void test_reset_forgets_unused_chunks(void **state)
-{
-	(void)state;
-	reset_forgets_unused_chunks(false);
-	reset_forgets_unused_chunks(true);
-}
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -433,7 +390,6 @@ int main(void)
 		cmocka_unit_test(test_interrupted_calls_are_repeated),
 		cmocka_unit_test(test_without_populate_advice),
 		cmocka_unit_test(test_failed_punch_keeps_the_limit),
-		cmocka_unit_test(test_reset_forgets_unused_chunks),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
