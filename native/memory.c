@@ -10,6 +10,8 @@
 
 #include "prelude.h"
 
+#define TOUCHED_STACK_BYTES (64U << 10) /* the store's deepest call takes less than 4 KiB */
+
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
@@ -41,4 +43,12 @@ void *memory_map(size_t bytes)
 	madvise(at, bytes, MADV_DONTDUMP);
 	memory_populate(at, bytes);
 	return at;
+}
+
+void __attribute__((noinline)) memory_touch_stack(void)
+{
+	volatile uint8_t stack[TOUCHED_STACK_BYTES];
+
+	for (size_t i = 0; i < sizeof(stack); i += 1024)
+		stack[i] = 0;
 }

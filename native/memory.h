@@ -24,4 +24,7 @@ void memory_populate(void *at, size_t bytes);
  */
 void *memory_map(size_t bytes);
 
+/** memory_touch_stack - have the next 64 KiB of the caller's stack in memory */
+void memory_touch_stack(void);
+
 #endif

@@ -153,7 +153,7 @@ static uint32_t take_holes(struct region *region, uint32_t *batch)
 	while (nr < want && nr < most) {
 		uint32_t c = list_pop(region, &region->holes, CHUNK_HOLE);
 
-		if (c == CHUNK_NONE && touched == region->nr_chunks)
+		if (c == CHUNK_NONE && touched >= region->nr_entries)
 			break;
 		if (c == CHUNK_NONE) {
 			c = touched++;
@@ -214,6 +214,9 @@ static bool refill(struct region *region)
 	if (!done || done < nr)
 		region->failed_try = try;
 	publish(region, batch, done, nr);
+	pthread_mutex_unlock(&region->lock);
+	region_populate_entries(region, KEEPER_REFILL);
+	pthread_mutex_lock(&region->lock);
 	return region->failed_try != try;
 }
 
@@ -244,12 +247,20 @@ static void return_surplus(struct region *region)
 	pthread_cond_broadcast(&region->change);
 }
 
+/* All that there is to refill with has to be punched first: that is no try that fails. */
+static bool only_stale(const struct region *region)
+{
+	return region->stale != CHUNK_NONE && region->holes == CHUNK_NONE &&
+	       region_nr_touched(region) == region->nr_chunks;
+}
+
 /* A batch at a time, each of which wakes who waits for it. With both locks. */
 static void fill_reserve(struct region *region)
 {
 	bool good = true;
 
-	while (good && !region->stop && region->nr_ready < region_reserve_target(region))
+	while (good && !region->stop && !only_stale(region) &&
+	       region->nr_ready < region_reserve_target(region))
 		good = refill(region);
 }
 
@@ -257,6 +268,7 @@ static void *keeper_main(void *arg)
 {
 	struct region *region = arg;
 
+	memory_touch_stack();
 	pthread_mutex_lock(&region->lock);
 	while (!region->stop) {
 		if (!keeper_has_work(region)) {
@@ -266,6 +278,7 @@ static void *keeper_main(void *arg)
 		/* keeping comes before lock; what is wanted may change in between. */
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_lock(&region->keeping);
+		region_populate_entries(region, KEEPER_REFILL);
 		pthread_mutex_lock(&region->lock);
 		/* First what comes back: near the limit, stale chunks are all there is to refill with. */
 		if (wants_return(region) && (!region->held || wants_refill(region)))
@@ -415,6 +428,7 @@ void region_settle(struct region *region)
 void region_replenish(struct region *region)
 {
 	pthread_mutex_lock(&region->keeping);
+	region_populate_entries(region, KEEPER_REFILL);
 	pthread_mutex_lock(&region->lock);
 	fill_reserve(region);
 	pthread_mutex_unlock(&region->lock);

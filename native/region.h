@@ -105,6 +105,7 @@ struct region {
 	uint32_t place_bits;	     /* that a place in this arena may have */
 	uint32_t chunk_shift;	     /* place >> chunk_shift is the chunk's number */
 	_Atomic uint32_t nr_touched; /* chunks from here on were never used */
+	uint32_t nr_entries;	     /* of the chunk table, populated ahead; under keeping */
 	int fd;
 
 	pthread_mutex_t keeping;
@@ -120,7 +121,7 @@ struct region {
 	uint64_t nr_tries;     /* to populate chunks, begun so far */
 	uint64_t failed_try;   /* the last of these that failed, counted from 1 */
 	uint64_t wanted_try;   /* somebody waits for this one's end */
-	uint64_t nr_published; /* of these, how many gave READY chunks */
+	uint64_t nr_published; /* tries that gave READY chunks */
 	bool stuck;	       /* a waiter lost patience, and no try gave any since */
 	uint32_t held;	/* while compaction runs: READY chunks above the reserve that may stay */
 	uint64_t fresh; /* page of the slot table touched last for the first time, plus 1 */
@@ -186,7 +187,7 @@ void region_reset_chunks(struct region *region, uint32_t nr_chunks);
  */
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk);
 
-/* How long a request waits for the keeper, in all its waits; all zero before the first. */
+/* How long a batch waits for the keeper, in all its waits; all zero before the first. */
 struct region_patience {
 	struct timespec until;
 	uint64_t nr_published; /* before */
@@ -278,7 +279,14 @@ void region_note_fresh(struct region *region, uint64_t page);
 /** region_populate_tables - do so. Context: the keeper, both locks; drops region->lock meanwhile. */
 void region_populate_tables(struct region *region);
 
-/* Pages of the tables hold 512 entries each; an untouched one must not even be read, because
+/**
+ * region_populate_entries - populate the entries of the next @more chunks to be touched
+ *
+ * Context: region->keeping held, region->lock not.
+ */
+void region_populate_entries(struct region *region, uint32_t more);
+
+/* Pages of the slot table hold 512 entries each; an untouched one must not even be read, because
  * reading a hole through a mapping allocates it. */
 #define TABLE_SLOTS (PAGE_BYTES / sizeof(slot_t))
 

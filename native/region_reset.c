@@ -56,7 +56,7 @@ static void punch_unused(struct region *region, uint32_t nr_chunks)
 }
 
 /* Entries of the chunk table that are there to be read: chunks are touched in rising order. */
-static uint32_t nr_entries(const struct region *region)
+static uint32_t count_entries(const struct region *region)
 {
 	const struct region_geometry *g = &region->geometry;
 	off_t end = lseek(region->fd, (off_t)g->chunk_off, SEEK_HOLE);
@@ -104,7 +104,7 @@ static bool in_use(const struct region *region, uint32_t c)
 /* What is neither in use nor kept becomes a HOLE. Returns the chunks up to the last that is not. */
 static uint32_t settle_states(struct region *region, uint32_t nr_chunks)
 {
-	uint32_t nr = nr_entries(region);
+	uint32_t nr = count_entries(region);
 	uint32_t touched = nr_chunks;
 
 	for (uint32_t c = 0; c < nr_chunks; c++)

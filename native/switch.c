@@ -24,7 +24,6 @@
 #include "memory.h"
 
 #define STACK_BYTES (256U << 10)
-#define TOUCHED_STACK_BYTES (64U << 10) /* the store's deepest call takes less than 4 KiB */
 #define MIN_RING_BYTES (1U << 20)
 #define SPIN_PAUSES 16 /* some 0.4 us between reads that find nothing in 0.2 us */
 
@@ -125,14 +124,6 @@ static ssize_t next_message(struct fuse_switch *sw, struct buffer *buffer)
 	}
 }
 
-static void __attribute__((noinline)) touch_stack(void)
-{
-	volatile uint8_t stack[TOUCHED_STACK_BYTES];
-
-	for (size_t i = 0; i < sizeof(stack); i += 1024)
-		stack[i] = 0;
-}
-
 /* Serve what is in a buffer without the token, so that another lane reads meanwhile. */
 static void serve_long(struct lane *lane, struct buffer *buffer)
 {
@@ -186,7 +177,7 @@ static void *lane_run(void *arg)
 	struct lane *lane = arg;
 	struct fuse_switch *sw = lane->sw;
 
-	touch_stack();
+	memory_touch_stack();
 	pthread_mutex_lock(&sw->token);
 	while (!sw->ended && lane_step(lane))
 		;

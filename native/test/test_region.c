@@ -206,6 +206,30 @@ static void test_exhausted_reserve_is_refilled(void **state)
 	close_region(&f);
 }
 
+/* The chunk table's next page is there before the first of its chunks is touched, and no other. */
+static void test_chunk_table_is_populated_ahead(void **state)
+{
+	const uint32_t each = PAGE_BYTES / sizeof(struct chunk);
+	struct region *region;
+	struct fixture f;
+
+	(void)state;
+	region = open_region(&f, 1000000, CHUNK, 0, 4 * CHUNK);
+	for (uint32_t page = 1; page < 4; page++) {
+		off_t next = (off_t)(region->geometry.chunk_off + page * PAGE_BYTES);
+
+		while (region_nr_touched(region) < page * each) {
+			if (region_nr_touched(region) < page * each - each / 2)
+				assert_int_not_equal(lseek(f.fd, next, SEEK_DATA), next);
+			take(region);
+			region_replenish(region);
+		}
+		assert_int_equal(region_nr_touched(region), page * each);
+		assert_int_equal(lseek(f.fd, next, SEEK_DATA), next);
+	}
+	close_region(&f);
+}
+
 /* The limit holds for chunks in use and the reserve together; the spare is compaction's. */
 static void test_limit_covers_the_reserve(void **state)
 {
@@ -383,6 +407,7 @@ int main(void)
 		cmocka_unit_test(test_reserve_is_populated_ahead),
 		cmocka_unit_test(test_surplus_goes_back),
 		cmocka_unit_test(test_exhausted_reserve_is_refilled),
+		cmocka_unit_test(test_chunk_table_is_populated_ahead),
 		cmocka_unit_test(test_limit_covers_the_reserve),
 		cmocka_unit_test(test_one_chunk_is_enough),
 		cmocka_unit_test(test_punched_chunk_comes_back),
