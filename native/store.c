@@ -99,7 +99,9 @@ void store_destroy(struct store *store)
 
 struct scratch *store_enter(struct store *store)
 {
-	static _Thread_local uint32_t preferred = UINT32_MAX;
+	/* In a module that is loaded late, other models ask malloc() at a thread's first use. */
+	static _Thread_local uint32_t preferred __attribute__((tls_model("initial-exec"))) =
+		UINT32_MAX;
 	static _Atomic uint32_t nr_threads;
 
 	if (preferred == UINT32_MAX)

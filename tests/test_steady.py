@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import TIMEOUT, Swapped
 
+from zswapfs import _native
+
 LOAD = Path(__file__).with_name("load.py")
 MEMORY_CALLS = "mmap,munmap,brk,madvise,mremap,mprotect,clone,clone3,fork,vfork,execve"
 SECONDS = 10
@@ -29,6 +31,13 @@ def _major_faults(processes: list[int]) -> int:
         for task in Path(f"/proc/{process}/task").iterdir():
             total += int((task / "stat").read_text().rpartition(")")[2].split()[9])
     return total
+
+
+def test_no_thread_local_memory_comes_late() -> None:
+    """No thread's first use of a thread-local variable makes the C library ask for memory."""
+    module = Path(_native.__file__).read_bytes()
+    assert b"store_write" in module
+    assert b"__tls_get_addr" not in module
 
 
 @pytest.mark.swapped
