@@ -28,6 +28,9 @@ static int noswap_tmpfs(void)
 
 	if (fs < 0)
 		return -1;
+	/* With huge pages, where an administrator made them the default, a touch would take 2 MiB, and
+	 * a punch give nothing back. Kernels without them do not know the option. */
+	syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "huge", "never", 0);
 	if (syscall(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, "noswap", NULL, 0) ||
 	    syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "size", "0", 0) ||
 	    syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "mode", "0700", 0) ||

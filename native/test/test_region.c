@@ -23,6 +23,31 @@ static void test_memory_has_no_name(void **state)
 	close(fd);
 }
 
+/* Memory comes and goes in single pages, whatever the machine's default is. */
+static void test_memory_is_in_small_pages(void **state)
+{
+	const size_t bytes = 8 * MIB;
+	int fd = open_memory();
+	struct stat st;
+	char *memory;
+
+	(void)state;
+	assert_int_equal(ftruncate(fd, (off_t)bytes), 0);
+	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	assert_ptr_not_equal(memory, MAP_FAILED);
+	memory[4 * MIB] = 1;
+	assert_int_equal(fstat(fd, &st), 0);
+	assert_int_equal(st.st_blocks * 512, PAGE_BYTES);
+	assert_int_equal(pwrite(fd, memory, 4 * MIB, 0), 4 * MIB);
+	assert_int_equal(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, PAGE_BYTES,
+				   4 * MIB - PAGE_BYTES),
+			 0);
+	assert_int_equal(fstat(fd, &st), 0);
+	assert_int_equal(st.st_blocks * 512, 2 * PAGE_BYTES);
+	munmap(memory, bytes);
+	close(fd);
+}
+
 /* Options out of range are refused and the file is left as it was. */
 static void test_bad_options_are_refused(void **state)
 {
@@ -400,6 +425,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_memory_has_no_name),
+		cmocka_unit_test(test_memory_is_in_small_pages),
 		cmocka_unit_test(test_bad_options_are_refused),
 		cmocka_unit_test(test_layout_holds_the_tables),
 		cmocka_unit_test(test_other_files_are_not_mapped),
