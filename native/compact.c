@@ -28,6 +28,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "memory.h"
+
 #define MAX_SOURCES 2048 /* chunks isolated in one round */
 #define MAX_MOVES 32768	 /* blocks moved in one round; a chunk of 64 KiB has 4096 at the most */
 #define MAX_FRESH 64	 /* chunks that one round may fill: the reserve's default */
@@ -64,10 +66,7 @@ struct compaction {
 
 struct compaction *compaction_create(void)
 {
-	void *c = mmap(NULL, sizeof(struct compaction), PROT_READ | PROT_WRITE,
-		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	return c == MAP_FAILED ? NULL : c;
+	return memory_map(sizeof(struct compaction));
 }
 
 void compaction_destroy(struct compaction *c)
@@ -257,6 +256,7 @@ static void prefetch_move(const struct store *store, const struct move *move)
 
 static void move_all(struct store *store, struct compaction *c)
 {
+	struct region_patience patience = {0};
 	uint64_t moved = 0;
 
 	qsort(c->moves, c->nr_moves, sizeof(*c->moves), compare_moves);
@@ -266,7 +266,7 @@ static void move_all(struct store *store, struct compaction *c)
 		if (i + PREFETCH_AHEAD < c->nr_moves)
 			prefetch_move(store, &c->moves[i + PREFETCH_AHEAD]);
 		rv = move_block(store, c, &c->moves[i]);
-		if (rv == -EAGAIN && !region_wait_ready(store->region, true))
+		if (rv == -EAGAIN && !region_wait_ready(store->region, true, &patience))
 			rv = move_block(store, c, &c->moves[i]);
 		if (rv < 0)
 			break;

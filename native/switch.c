@@ -2,7 +2,7 @@
  *
  * switch - lanes and their token, from start to unmount; see switch.h
  *
- * Memory, one mapping, touched ahead, not in core dumps, not copied to children (a child's copy
+ * Memory, one mapping, populated ahead, not in core dumps, not copied to children (a child's copy
  * would make the next touch of a lane a fault that needs memory):
  *
  *   | ring | reply | buffer 0: 4016 free, headers (80) | payload | buffer 1: ... |
@@ -21,8 +21,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "memory.h"
+
 #define STACK_BYTES (256U << 10)
-#define TOUCHED_STACK_BYTES (64U << 10) /* the store's deepest call takes less than 4 KiB */
 #define MIN_RING_BYTES (1U << 20)
 #define SPIN_PAUSES 16 /* some 0.4 us between reads that find nothing in 0.2 us */
 
@@ -124,14 +125,6 @@ static ssize_t next_message(struct fuse_switch *sw, struct buffer *buffer)
 	}
 }
 
-static void __attribute__((noinline)) touch_stack(void)
-{
-	volatile uint8_t stack[TOUCHED_STACK_BYTES];
-
-	for (size_t i = 0; i < sizeof(stack); i += 1024)
-		stack[i] = 0;
-}
-
 /* Serve what is in a buffer without the token, so that another lane reads meanwhile. */
 static void serve_long(struct lane *lane, struct buffer *buffer)
 {
@@ -186,7 +179,7 @@ static void *lane_run(void *arg)
 	struct lane *lane = arg;
 	struct fuse_switch *sw = lane->sw;
 
-	touch_stack();
+	memory_touch_stack();
 	pthread_mutex_lock(&sw->token);
 	while (!sw->ended && lane_step(lane))
 		;
@@ -227,13 +220,9 @@ static int map_memory(struct fuse_switch *sw)
 	sw->buffers = calloc(nr_buffers, sizeof(*sw->buffers));
 	if (!sw->buffers)
 		return -ENOMEM;
-	sw->memory = mmap(NULL, sw->memory_bytes, PROT_READ | PROT_WRITE,
-			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	if (sw->memory == MAP_FAILED) {
-		sw->memory = NULL;
+	sw->memory = memory_map(sw->memory_bytes);
+	if (!sw->memory)
 		return -ENOMEM;
-	}
-	madvise(sw->memory, sw->memory_bytes, MADV_DONTDUMP);
 	madvise(sw->memory, sw->memory_bytes, MADV_DONTFORK);
 	sw->ring.bytes = sw->memory;
 	sw->reply = sw->memory + sw->ring.size;
