@@ -1,5 +1,9 @@
-"""In steady state, under load, nothing on the way of a page asks the OS for memory."""
+"""In steady state, under load, nothing on the way of a page asks the OS for memory.
 
+STEADY_SECONDS=60 looks for a minute.
+"""
+
+import os
 import re
 import shutil
 import signal
@@ -16,7 +20,7 @@ from zswapfs import _native
 
 LOAD = Path(__file__).with_name("load.py")
 MEMORY_CALLS = "mmap,munmap,brk,madvise,mremap,mprotect,clone,clone3,fork,vfork,execve"
-SECONDS = 10
+SECONDS = int(os.environ.get("STEADY_SECONDS", "15"))
 MAX_LANE_FAULTS = 100  # in the first swap-out; measured 3, and 600 with buffers on fault
 
 
