@@ -279,9 +279,13 @@ static void move_all(struct store *store, struct compaction *c)
 /* Return: chunks won. */
 static int64_t compact_round(struct store *store, struct compaction *c)
 {
+	uint32_t emptied;
+
 	if (choose(store, c))
 		move_all(store, c);
-	return (int64_t)restore_sources(store, c) - c->nr_taken;
+	emptied = restore_sources(store, c);
+	region_end_round(store->region);
+	return (int64_t)emptied - c->nr_taken;
 }
 
 /* The whole OS pages between a free block's header and its end; words from the arena's start. */

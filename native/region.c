@@ -466,8 +466,14 @@ void region_hold(struct region *region, uint32_t chunks)
 {
 	pthread_mutex_lock(&region->lock);
 	region->held = chunks;
-	end_round(region);
 	tell(region);
+	pthread_mutex_unlock(&region->lock);
+}
+
+void region_end_round(struct region *region)
+{
+	pthread_mutex_lock(&region->lock);
+	end_round(region);
 	pthread_mutex_unlock(&region->lock);
 }
 

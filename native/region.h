@@ -193,7 +193,7 @@ void region_reset_chunks(struct region *region, uint32_t nr_chunks);
  */
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk);
 
-/* How long a batch waits for the keeper, in all its waits; all zero before the first. */
+/* How long a call waits for the keeper, in all its waits; all zero before the first. */
 struct region_patience {
 	struct timespec until;
 	uint64_t nr_published; /* before */
@@ -244,6 +244,9 @@ void region_hold(struct region *region, uint32_t chunks);
  * the memory limit lets them have. Writers will leave it as many.
  */
 uint32_t region_compaction_budget(struct region *region);
+
+/** region_end_round - hold back nothing for a round any more: it has all that it takes. */
+void region_end_round(struct region *region);
 
 /**
  * region_punch - give OS pages of the arena back

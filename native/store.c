@@ -111,6 +111,7 @@ struct scratch *store_enter(struct store *store)
 
 		if (!atomic_exchange_explicit(&s->busy, 1, memory_order_acquire)) {
 			s->counters = &store->region->header->counters[i % REGION_NR_COUNTERS];
+			s->patience = (struct region_patience){0};
 			return s;
 		}
 		if (i - preferred >= REGION_NR_COUNTERS)
@@ -275,7 +276,6 @@ void store_unlock_arena(struct store *store)
 /* Returns how many of @nr got their block; the first that did not ends it. */
 static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t index, uint32_t nr)
 {
-	struct region_patience patience = {0};
 	uint32_t i = 0;
 
 	arena_lock(&store->arena);
@@ -288,7 +288,7 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 					 false, &staged->place);
 		if (rv == -EAGAIN) {
 			arena_unlock(&store->arena);
-			rv = region_wait_ready(store->region, false, &patience);
+			rv = region_wait_ready(store->region, false, &s->patience);
 			arena_lock(&store->arena);
 			if (!rv)
 				continue;

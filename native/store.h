@@ -33,6 +33,7 @@ struct staged {
 struct scratch {
 	_Atomic uint32_t busy;
 	struct counters *counters;
+	struct region_patience patience; /* of the call under way */
 	struct staged staged[STORE_BATCH];
 	uint64_t old[STORE_BATCH]; /* the slots' words before */
 	uint64_t codec_state[CODEC_STATE_BYTES / 8];

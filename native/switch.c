@@ -248,7 +248,6 @@ int switch_create(struct fuse_switch **out, struct store *store,
 		  const struct switch_options *options)
 {
 	size_t bytes = sizeof(struct fuse_switch) + options->nr_lanes * sizeof(struct lane);
-	struct store_stats stats;
 	struct fuse_switch *sw;
 	int rv;
 
@@ -260,8 +259,7 @@ int switch_create(struct fuse_switch **out, struct store *store,
 	memset(sw, 0, bytes);
 	sw->store = store;
 	sw->options = *options;
-	store_get_stats(store, &stats);
-	sw->file_bytes = stats.nr_pages * PAGE_BYTES;
+	sw->file_bytes = store->nr_pages * PAGE_BYTES;
 	pthread_mutex_init(&sw->token, NULL);
 	pthread_mutex_init(&sw->backlog.lock, NULL);
 	sw->backlog.max_writing = max_writing(options->nr_lanes);

@@ -88,7 +88,7 @@ def dying_workers() -> None:
 
 def slow_start() -> None:
     """Have the second worker hang before it serves."""
-    heartbeat.START_SECONDS = 1.0
+    heartbeat.START_SECONDS = 6.0
 
     def run(job: worker.Job) -> int:
         if job.restarts == 1:

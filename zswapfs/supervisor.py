@@ -34,6 +34,7 @@ from .store import format_region, lane_steps, probe_region, region_memory
 LEAST_PAUSE, MOST_PAUSE = 0.1, 5.0
 SETTLED_SECONDS = 1.0
 """A worker that served for less is followed by the next one after a pause."""
+MOST_START_SECONDS = 3600.0
 NAMES_SECONDS = 10.0
 """When two control planes in a row have failed sooner than this, there is no third."""
 PROBE_SECONDS = 20.0
@@ -132,16 +133,18 @@ class _Watch:
             self.look_at = time.monotonic() + self._interval
 
     def hangs(self) -> bool:
-        """Look, if it is time; say whether it hangs."""
+        """Look, if it is time; say whether it hangs, once: then it is killed."""
         now = time.monotonic()
         if self.look_at is None or now < self.look_at:
             return False
         self.look_at = now + self._interval
-        if self._heartbeat is None:
-            return True
-        waiting = _has_requests(self._mount.fuse_fd)
-        steps = lane_steps(self._mount.region_fd)[: self._mount.options.lanes]
-        return self._heartbeat.hangs(steps, waiting=waiting)
+        if self._heartbeat is not None:
+            waiting = _has_requests(self._mount.fuse_fd)
+            steps = lane_steps(self._mount.region_fd)[: self._mount.options.lanes]
+            if not self._heartbeat.hangs(steps, waiting=waiting):
+                return False
+        self.look_at = None
+        return True
 
 
 def _has_requests(fuse_fd: int) -> bool:
@@ -156,6 +159,8 @@ class Supervisor:
     def __init__(self, mount: Mount, ready_fd: int, memory_fd: int) -> None:
         self._mount = mount
         self._ready_fd = ready_fd
+        self._restart_fd = -1
+        """Where who asked for a restart listens, while it is tried."""
         self._memory_fd = memory_fd
         self._usable = mount.worker > 0
         self._names = True
@@ -253,7 +258,7 @@ class Supervisor:
             if watch.hangs():
                 self._complain("the worker hangs")
                 if process.served_from is None:
-                    self._start_seconds *= 2
+                    self._start_seconds = min(2 * self._start_seconds, MOST_START_SECONDS)
                 process.kill()
 
     def _wait(self, worker_fd: int, look_at: float | None) -> set[int]:
@@ -279,13 +284,13 @@ class Supervisor:
         if kind == "ready":
             self._usable = True
             self._answer(line)
-        elif self._ready_fd >= 0 and kind != "serving":
+        elif kind == "error" and self._ready_fd >= 0:
             worker.write_line(self._ready_fd, line)
-        elif kind == "error" or (kind == "note" and not self._usable):
+        elif kind == "error":
             self._complain(text)
 
     def _answer(self, line: str) -> None:
-        """Tell whoever waits for it the last that there is to tell."""
+        """Tell whoever has started us the last that there is to tell."""
         if self._ready_fd >= 0:
             worker.write_line(self._ready_fd, line)
             os.close(self._ready_fd)
@@ -301,7 +306,7 @@ class Supervisor:
 
     def _look_at_programs(self, ready: set[int]) -> None:
         for what, program in list(self._programs.items()):
-            if program.fd in ready and program.has_ended():
+            if program.fd in ready:
                 del self._programs[what]
                 self._ended(what, *program.close())
             elif program.is_late():
@@ -317,7 +322,7 @@ class Supervisor:
     def _obey(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
             self._stop()
-        if signal.SIGHUP in numbers and self._usable and self._ready_fd < 0:
+        if signal.SIGHUP in numbers and self._usable and "restart" not in self._programs:
             self._restart()
 
     def _stop(self) -> None:
@@ -333,16 +338,14 @@ class Supervisor:
 
     def _restart(self) -> None:
         """Have the installed program try what it would get, before anything is touched."""
-        if "restart" in self._programs:
-            return
         with suppress(OSError):
             path = restart_fifo(self._mount.mountpoint)
-            self._ready_fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._restart_fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not worker.has_resend():
             self._refuse("before Linux 6.9 it would fail what swap is at; 'down', then 'up'")
             return
         self._python = _python_for(self._mount.mountpoint)
-        python, *words = self._mount.command(self._ready_fd, self._python)
+        python, *words = self._mount.command(self._restart_fd, self._python)
         at = words.index(str(self._mount.mountpoint))
         self._run("restart", [python, *words[:at], _PROBE, *words[at:]], seconds=PROBE_SECONDS)
 
@@ -351,24 +354,30 @@ class Supervisor:
         if code or not said.startswith("version: "):
             self._refuse(said or f"the installed program ended with {code}")
             return
-        if self._ready_fd >= 0:
-            worker.write_line(self._ready_fd, said)
+        if "down" in self._programs:
+            self._refuse("it is about to go down")
+            return
+        if self._restart_fd >= 0:
+            worker.write_line(self._restart_fd, said)
         mount = replace(self._mount, restarts=self._mount.restarts + 1)
         self._refuse(self._become(mount))
 
     def _refuse(self, reason: str) -> None:
         self._complain(f"no restart: {reason}")
-        self._answer(f"error: {reason}")
+        if self._restart_fd >= 0:
+            worker.write_line(self._restart_fd, f"error: {reason}")
+            os.close(self._restart_fd)
+            self._restart_fd = -1
 
     def _become(self, mount: Mount) -> str:
         """Execute the installed program in our place; return why that could not be."""
-        fds = [fd for fd in (mount.fuse_fd, mount.region_fd, self._ready_fd) if fd >= 0]
+        fds = [fd for fd in (mount.fuse_fd, mount.region_fd, self._restart_fd) if fd >= 0]
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self._keep_signals()
         for fd in fds:
             os.set_inheritable(fd, True)  # noqa: FBT003
         try:
-            os.execv(self._python, mount.command(self._ready_fd, self._python))  # noqa: S606
+            os.execv(self._python, mount.command(self._restart_fd, self._python))  # noqa: S606
         except OSError as error:
             for fd in fds:
                 os.set_inheritable(fd, False)  # noqa: FBT003

@@ -166,8 +166,8 @@ class Job:
     fuse_fd: int
     region_fd: int
     says_fd: int
-    """Gets lines: ``note: ...`` for each protection that could not be had, ``serving`` when pages
-    are served, ``ready`` when the names are there, too; ``error: ...``."""
+    """Gets lines: ``serving`` when pages are served, ``ready`` when the names are there, too;
+    ``error: ...``."""
     memory_fd: int
     """The supervisor's ``open_own_memory``."""
     restarts: int

@@ -238,6 +238,7 @@ static void a_round_leaves_chunks_to_writers(uint32_t room)
 	assert_in_range(share, (room - SPARE) / 2, room);
 	give_chunks(region, budget, CHUNK_ISOLATED);
 	assert_int_equal(take_chunks(region, false, NR_CHUNKS), 0);
+	region_end_round(region);
 	region_hold(region, 0);
 	used += share + take_chunks(region, false, NR_CHUNKS);
 	assert_int_equal(used, NR_CHUNKS - SPARE);

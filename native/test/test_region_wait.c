@@ -165,8 +165,12 @@ static void test_failed_try_is_not_forgotten(void **state)
 	pthread_mutex_lock(&f.region->keeping);
 	take(f.region);
 	thread = start_waiting(&w, f.region);
-	usleep(20000);
 	pthread_mutex_lock(&f.region->lock);
+	while (f.region->wanted_try != f.region->nr_tries + 1) {
+		pthread_mutex_unlock(&f.region->lock);
+		usleep(1000);
+		pthread_mutex_lock(&f.region->lock);
+	}
 	/* As the keeper and the next caller do before the first one has the lock again. */
 	f.region->failed_try = ++f.region->nr_tries;
 	pthread_cond_broadcast(&f.region->change);
