@@ -255,6 +255,7 @@ static int alloc_whole(struct arena *arena, uint32_t owner, bool compacting, uin
 	if (rv)
 		return rv;
 	arena->region->chunks[c].state = CHUNK_WHOLE;
+	arena->region->chunks[c].flags = 0;
 	arena->nr_chunks++;
 	arena->nr_whole++;
 	*place = chunk_start(arena, c);

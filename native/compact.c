@@ -28,6 +28,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "memory.h"
+
 #define MAX_SOURCES 2048 /* chunks isolated in one round */
 #define MAX_MOVES 32768	 /* blocks moved in one round; a chunk of 64 KiB has 4096 at the most */
 #define MAX_FRESH 64	 /* chunks that one round may fill: the reserve's default */
@@ -64,10 +66,7 @@ struct compaction {
 
 struct compaction *compaction_create(void)
 {
-	void *c = mmap(NULL, sizeof(struct compaction), PROT_READ | PROT_WRITE,
-		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	return c == MAP_FAILED ? NULL : c;
+	return memory_map(sizeof(struct compaction));
 }
 
 void compaction_destroy(struct compaction *c)
@@ -75,20 +74,23 @@ void compaction_destroy(struct compaction *c)
 	munmap(c, sizeof(*c));
 }
 
-/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. */
+/* Isolate a chunk and note its blocks. Returns false where it does not fit the round. What the
+ * chunk table says of it may be damaged: blocks for which there is no room stay. */
 static bool add_source(struct store *store, struct compaction *c, uint32_t chunk)
 {
 	const struct chunk *entry = &store->region->chunks[chunk];
 	struct arena_block b = {.place = (uint64_t)chunk << store->region->chunk_shift};
 
-	if (c->nr_sources == MAX_SOURCES || c->live_words + entry->live_words > c->budget ||
+	if (c->nr_sources == MAX_SOURCES || c->nr_moves == MAX_MOVES ||
+	    c->live_words + entry->live_words > c->budget ||
 	    c->nr_moves + entry->nr_blocks > MAX_MOVES)
 		return false;
 	if (arena_isolate(&store->arena, chunk))
 		return true; /* damaged: set aside */
 	c->sources[c->nr_sources++] = chunk;
 	c->live_words += entry->live_words;
-	for (; arena_walk(&store->arena, chunk, &b) > 0; b.place += b.words)
+	for (; c->nr_moves < MAX_MOVES && arena_walk(&store->arena, chunk, &b) > 0;
+	     b.place += b.words)
 		if (!b.is_free)
 			c->moves[c->nr_moves++] = (struct move){b.place, b.words, b.owner};
 	return true;
@@ -254,6 +256,7 @@ static void prefetch_move(const struct store *store, const struct move *move)
 
 static void move_all(struct store *store, struct compaction *c)
 {
+	struct region_patience patience = {0};
 	uint64_t moved = 0;
 
 	qsort(c->moves, c->nr_moves, sizeof(*c->moves), compare_moves);
@@ -263,7 +266,7 @@ static void move_all(struct store *store, struct compaction *c)
 		if (i + PREFETCH_AHEAD < c->nr_moves)
 			prefetch_move(store, &c->moves[i + PREFETCH_AHEAD]);
 		rv = move_block(store, c, &c->moves[i]);
-		if (rv == -EAGAIN && !region_wait_ready(store->region, true))
+		if (rv == -EAGAIN && !region_wait_ready(store->region, true, &patience))
 			rv = move_block(store, c, &c->moves[i]);
 		if (rv < 0)
 			break;
@@ -276,9 +279,13 @@ static void move_all(struct store *store, struct compaction *c)
 /* Return: chunks won. */
 static int64_t compact_round(struct store *store, struct compaction *c)
 {
+	uint32_t emptied;
+
 	if (choose(store, c))
 		move_all(store, c);
-	return (int64_t)restore_sources(store, c) - c->nr_taken;
+	emptied = restore_sources(store, c);
+	region_end_round(store->region);
+	return (int64_t)emptied - c->nr_taken;
 }
 
 /* The whole OS pages between a free block's header and its end; words from the arena's start. */
@@ -357,16 +364,34 @@ static uint64_t trim(struct store *store, struct compaction *c)
 	return won;
 }
 
+/* All that can be won now: what no block takes of the chunks that hold blocks. */
+static uint64_t bytes_to_win(struct store *store)
+{
+	const struct arena *arena = &store->arena;
+	uint64_t words;
+
+	arena_yield_lock(&store->arena);
+	words = (arena->nr_chunks - arena->nr_whole) * store->region->chunk_words -
+		arena->live_words;
+	arena_unlock(&store->arena);
+	return words * 4;
+}
+
 int64_t store_compact(struct store *store, uint64_t max_bytes)
 {
 	uint64_t won = 0;
+	uint64_t most;
 	int64_t chunks = 1;
 
 	pthread_mutex_lock(&store->compacting);
+	/* While others write and free, there is something to win after each round, for ever. */
+	most = bytes_to_win(store);
+	if (most > max_bytes)
+		most = max_bytes;
 	/* What a round can win depends on how many fresh chunks it may fill. */
 	region_replenish(store->region);
 	region_hold(store->region, MAX_FRESH);
-	while (chunks > 0 && won < max_bytes) {
+	while (chunks > 0 && won < most) {
 		chunks = compact_round(store, store->compaction);
 		region_settle(store->region);
 		if (chunks > 0)

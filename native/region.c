@@ -3,7 +3,7 @@
  * region - see region.h for the layout and the locks
  *
  * The keeper asks the OS in two steps: fallocate() gets the memory and reports when there is
- * none (a page fault could only kill), MADV_POPULATE_WRITE then maps it, so that a lane's first
+ * none (a page fault could only kill), memory_populate() then maps it, so that a lane's first
  * touch is not a fault. Measured on Linux 6.18: 1 ms each for 4 MiB; punching 4 MiB takes 0.8 ms
  * in one call and 1.2 ms in 64.
  */
@@ -19,19 +19,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "memory.h"
+
 #define KEEPER_BATCH 256 /* chunks punched in one go */
 #define KEEPER_REFILL 16 /* chunks populated in one go: one MiB, so that waiters wait briefly */
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
-
-static void list_push(struct region *region, uint32_t *head, uint32_t c, enum chunk_state state)
-{
-	region->chunks[c].state = (uint8_t)state;
-	region->chunks[c].next = *head;
-	*head = c;
-}
+#define PATIENCE_SECONDS 1
 
 /* Return: a chunk of a list of those in @state, now KEPT; CHUNK_NONE: the list is empty, or damaged
  * from here on. */
@@ -56,8 +48,7 @@ static uint32_t ready_pop(struct region *region)
 	return c;
 }
 
-/* READY chunks to hold now: the memory limit covers the reserve too. */
-static uint32_t reserve_target(const struct region *region)
+uint32_t region_reserve_target(const struct region *region)
 {
 	uint32_t room = region->max_used - region->nr_used;
 
@@ -66,7 +57,7 @@ static uint32_t reserve_target(const struct region *region)
 
 static uint32_t refill_level(const struct region *region)
 {
-	uint32_t target = reserve_target(region);
+	uint32_t target = region_reserve_target(region);
 
 	return region->held ? (target + 3) / 4 : target - target / 4;
 }
@@ -78,13 +69,20 @@ static bool wants_refill(const struct region *region)
 
 static bool wants_return(const struct region *region)
 {
-	return region->nr_ready > reserve_target(region) + region->held ||
+	return region->nr_ready > region_reserve_target(region) + region->held ||
 	       region->stale != CHUNK_NONE;
+}
+
+/* After a try that failed the keeper rests until somebody waits for another. */
+static bool may_try(const struct region *region)
+{
+	return !region->nr_tries || region->failed_try != region->nr_tries ||
+	       region->wanted_try > region->nr_tries;
 }
 
 static bool keeper_has_work(const struct region *region)
 {
-	return (wants_refill(region) && !region->refill_error) || region->fresh ||
+	return (wants_refill(region) && may_try(region)) || region->fresh ||
 	       (wants_return(region) && !region->held);
 }
 
@@ -118,20 +116,14 @@ static uint32_t next_run(const uint32_t *batch, uint32_t from, uint32_t nr)
 
 int region_populate(struct region *region, uint64_t offset, uint64_t bytes)
 {
-	char *at = (char *)region->header + offset;
-
 	while (fallocate(region->fd, 0, (off_t)offset, (off_t)bytes))
 		if (errno != EINTR)
 			return -errno;
-	if (madvise(at, bytes, MADV_POPULATE_WRITE) == 0)
-		return 0;
-	/* Before Linux 5.14. Adding nothing changes nothing, whoever writes there meanwhile. */
-	for (uint64_t i = 0; i < bytes; i += PAGE_BYTES)
-		atomic_fetch_add((_Atomic char *)(at + i), 0);
+	memory_populate((char *)region->header + offset, bytes);
 	return 0;
 }
 
-static int punch(struct region *region, uint64_t offset, uint64_t bytes)
+int region_drop(struct region *region, uint64_t offset, uint64_t bytes)
 {
 	while (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 			 (off_t)(region->geometry.arena_off + offset), (off_t)bytes))
@@ -142,7 +134,7 @@ static int punch(struct region *region, uint64_t offset, uint64_t bytes)
 
 int region_punch(struct region *region, uint64_t offset, uint64_t bytes)
 {
-	int rv = punch(region, offset, bytes);
+	int rv = region_drop(region, offset, bytes);
 
 	if (rv)
 		return rv;
@@ -153,13 +145,15 @@ int region_punch(struct region *region, uint64_t offset, uint64_t bytes)
 static uint32_t take_holes(struct region *region, uint32_t *batch)
 {
 	uint32_t touched = region_nr_touched(region);
-	uint32_t want = reserve_target(region) - region->nr_ready;
+	uint32_t want = region_reserve_target(region) - region->nr_ready;
+	/* Where there is none, the first one is for who waits already. */
+	uint32_t most = region->nr_ready ? KEEPER_REFILL : 1;
 	uint32_t nr = 0;
 
-	while (nr < want && nr < KEEPER_REFILL) {
+	while (nr < want && nr < most) {
 		uint32_t c = list_pop(region, &region->holes, CHUNK_HOLE);
 
-		if (c == CHUNK_NONE && touched == region->nr_chunks)
+		if (c == CHUNK_NONE && touched >= region->nr_entries)
 			break;
 		if (c == CHUNK_NONE) {
 			c = touched++;
@@ -171,35 +165,59 @@ static uint32_t take_holes(struct region *region, uint32_t *batch)
 	return nr;
 }
 
-/* With both locks; drops region->lock meanwhile. */
-static void refill(struct region *region)
+/* Returns how many of @batch, sorted by this, are populated. */
+static uint32_t populate_chunks(struct region *region, uint32_t *batch, uint32_t nr)
 {
-	uint32_t batch[KEEPER_REFILL];
-	uint32_t nr = take_holes(region, batch);
 	uint32_t done = 0;
-	int error = nr ? 0 : -ENOSPC;
 
-	pthread_mutex_unlock(&region->lock);
 	qsort(batch, nr, sizeof(*batch), compare_chunks);
-	while (done < nr && !error) {
+	while (done < nr) {
 		uint32_t to = next_run(batch, done, nr);
 
-		error = region_populate(region,
-					region->geometry.arena_off +
-						(uint64_t)batch[done] * region->chunk_bytes,
-					(uint64_t)(to - done) * region->chunk_bytes);
-		if (!error)
-			done = to;
+		if (region_populate(region,
+				    region->geometry.arena_off +
+					    (uint64_t)batch[done] * region->chunk_bytes,
+				    (uint64_t)(to - done) * region->chunk_bytes))
+			break;
+		done = to;
 	}
-	pthread_mutex_lock(&region->lock);
+	return done;
+}
+
+/* The first @done of @batch are populated. With region->lock. */
+static void publish(struct region *region, const uint32_t *batch, uint32_t done, uint32_t nr)
+{
 	for (uint32_t i = nr; i-- > 0;)
 		if (i < done)
-			list_push(region, &region->ready, batch[i], CHUNK_READY);
+			region_list_push(region, &region->ready, batch[i], CHUNK_READY);
 		else
-			list_push(region, &region->holes, batch[i], CHUNK_HOLE);
+			region_list_push(region, &region->holes, batch[i], CHUNK_HOLE);
 	region->nr_ready += done;
-	region->refill_error = error;
+	if (done) {
+		region->nr_published++;
+		region->stuck = false;
+	}
 	pthread_cond_broadcast(&region->change);
+}
+
+/* With both locks; drops region->lock meanwhile. Returns whether all went well. */
+static bool refill(struct region *region)
+{
+	uint32_t batch[KEEPER_REFILL];
+	uint64_t try = ++region->nr_tries;
+	uint32_t nr = take_holes(region, batch);
+	uint32_t done;
+
+	pthread_mutex_unlock(&region->lock);
+	done = populate_chunks(region, batch, nr);
+	pthread_mutex_lock(&region->lock);
+	if (!done || done < nr)
+		region->failed_try = try;
+	publish(region, batch, done, nr);
+	pthread_mutex_unlock(&region->lock);
+	region_populate_entries(region, KEEPER_REFILL);
+	pthread_mutex_lock(&region->lock);
+	return region->failed_try != try;
 }
 
 /* With both locks; drops region->lock meanwhile. */
@@ -225,22 +243,32 @@ static void return_surplus(struct region *region)
 	}
 	pthread_mutex_lock(&region->lock);
 	for (uint32_t i = nr; i-- > 0;)
-		list_push(region, &region->holes, batch[i], CHUNK_HOLE);
+		region_list_push(region, &region->holes, batch[i], CHUNK_HOLE);
 	pthread_cond_broadcast(&region->change);
+}
+
+/* All that there is to refill with has to be punched first: that is no try that fails. */
+static bool only_stale(const struct region *region)
+{
+	return region->stale != CHUNK_NONE && region->holes == CHUNK_NONE &&
+	       region_nr_touched(region) == region->nr_chunks;
 }
 
 /* A batch at a time, each of which wakes who waits for it. With both locks. */
 static void fill_reserve(struct region *region)
 {
-	region->refill_error = 0;
-	while (!region->refill_error && !region->stop && region->nr_ready < reserve_target(region))
-		refill(region);
+	bool good = true;
+
+	while (good && !region->stop && !only_stale(region) &&
+	       region->nr_ready < region_reserve_target(region))
+		good = refill(region);
 }
 
 static void *keeper_main(void *arg)
 {
 	struct region *region = arg;
 
+	memory_touch_stack();
 	pthread_mutex_lock(&region->lock);
 	while (!region->stop) {
 		if (!keeper_has_work(region)) {
@@ -250,6 +278,7 @@ static void *keeper_main(void *arg)
 		/* keeping comes before lock; what is wanted may change in between. */
 		pthread_mutex_unlock(&region->lock);
 		pthread_mutex_lock(&region->keeping);
+		region_populate_entries(region, KEEPER_REFILL);
 		pthread_mutex_lock(&region->lock);
 		/* First what comes back: near the limit, stale chunks are all there is to refill with. */
 		if (wants_return(region) && (!region->held || wants_refill(region)))
@@ -301,72 +330,6 @@ void region_destroy(struct region *region)
 	free(region);
 }
 
-/* Memory that may hold content must not, whatever the OS says. What is a hole is left one. */
-static void punch_or_clear(struct region *region, uint64_t offset, uint64_t bytes)
-{
-	off_t at = (off_t)(region->geometry.arena_off + offset);
-	off_t end = at + (off_t)bytes;
-
-	if (!punch(region, offset, bytes))
-		return;
-	while (at < end && (at = lseek(region->fd, at, SEEK_DATA)) >= 0 && at < end) {
-		off_t hole = lseek(region->fd, at, SEEK_HOLE);
-
-		if (hole < 0 || hole > end)
-			hole = end;
-		memset((char *)region->header + at, 0, (size_t)(hole - at));
-		at = hole;
-	}
-}
-
-static uint64_t resident_pages(const struct region *region)
-{
-	struct stat st = {0};
-
-	fstat(region->fd, &st);
-	return (uint64_t)st.st_blocks * 512 / PAGE_BYTES;
-}
-
-/* Punch what is unused, in runs as long as can be; the last one ends with the region. */
-static void punch_unused(struct region *region, uint32_t nr_chunks)
-{
-	uint32_t from = 0;
-
-	for (uint32_t c = 0; c <= nr_chunks; c++) {
-		uint32_t to = c < nr_chunks ? c : region->nr_chunks;
-
-		if (c < nr_chunks && region->chunks[c].state == CHUNK_HOLE)
-			continue;
-		if (from < to)
-			punch_or_clear(region, (uint64_t)from * region->chunk_bytes,
-				       (uint64_t)(to - from) * region->chunk_bytes);
-		from = c + 1;
-	}
-}
-
-void region_reset_chunks(struct region *region, uint32_t nr_chunks)
-{
-	uint64_t before = resident_pages(region);
-
-	pthread_mutex_lock(&region->lock);
-	region->ready = region->holes = region->stale = CHUNK_NONE;
-	region->nr_ready = region->nr_used = 0;
-	for (uint32_t c = nr_chunks; c-- > 0;) {
-		enum chunk_state state = region->chunks[c].state;
-
-		if (state == CHUNK_USED || state == CHUNK_WHOLE)
-			region->nr_used++;
-		else
-			list_push(region, &region->holes, c, CHUNK_HOLE);
-	}
-	punch_unused(region, nr_chunks);
-	atomic_store(&region->nr_touched, nr_chunks);
-	pthread_mutex_unlock(&region->lock);
-	before -= resident_pages(region);
-	if ((int64_t)before > 0)
-		atomic_fetch_add(&region->header->pages_returned, before);
-}
-
 static void note_max_used(struct region *region)
 {
 	uint64_t bytes = (uint64_t)region->nr_used * region->chunk_bytes;
@@ -380,19 +343,38 @@ static bool has_ready(const struct region *region, bool compacting)
 	return region->nr_ready > (compacting ? refill_level(region) / 2 : 0);
 }
 
+/* Cap on USED chunks. What compaction has taken of what is held back for it is not the writers'
+ * loss. */
+static uint32_t used_cap(const struct region *region, bool compacting)
+{
+	uint32_t lent = region->nr_lent > 0 ? (uint32_t)region->nr_lent : 0;
+	uint32_t back = region->spare;
+
+	if (back < region->nr_promised)
+		back = region->nr_promised;
+	return region->max_used - (compacting || back < lent ? 0 : back - lent);
+}
+
+/* No round, or a new one. */
+static void end_round(struct region *region)
+{
+	region->nr_promised = 0;
+	region->nr_lent = 0;
+}
+
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 {
-	uint32_t cap = region->max_used - (compacting ? 0 : region->spare);
 	int rv = 0;
 
 	pthread_mutex_lock(&region->lock);
-	if (region->nr_used >= cap) {
+	if (region->nr_used >= used_cap(region, compacting)) {
 		rv = -ENOSPC;
 	} else if (!has_ready(region, compacting) || (*chunk = ready_pop(region)) == CHUNK_NONE) {
 		rv = -EAGAIN;
 	} else {
 		region->chunks[*chunk].state = CHUNK_USED;
 		region->nr_used++;
+		region->nr_lent += compacting;
 		note_max_used(region);
 	}
 	tell(region);
@@ -400,27 +382,51 @@ int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk)
 	return rv;
 }
 
-int region_wait_ready(struct region *region, bool compacting)
+static void begin_patience(const struct region *region, struct region_patience *patience)
 {
-	int rv;
+	clock_gettime(CLOCK_MONOTONIC, &patience->until);
+	patience->until.tv_sec += PATIENCE_SECONDS;
+	patience->nr_published = region->nr_published;
+}
+
+int region_wait_ready(struct region *region, bool compacting, struct region_patience *patience)
+{
+	uint64_t arrived;
+	int rv = 0;
 
 	pthread_mutex_lock(&region->lock);
-	region->refill_error = 0; /* try once more for this caller */
+	if (!patience->until.tv_sec)
+		begin_patience(region, patience);
+	/* What failed before, or is failing now, says nothing about memory that came back since. */
+	arrived = region->nr_tries;
+	region->wanted_try = arrived + 1;
 	pthread_cond_signal(&region->work);
-	while (!has_ready(region, compacting) && !region->refill_error && wants_refill(region))
-		pthread_cond_wait(&region->change, &region->lock);
+	while (!has_ready(region, compacting) && wants_refill(region) && !region->stuck &&
+	       region->failed_try <= arrived && rv != ETIMEDOUT)
+		rv = pthread_cond_timedwait(&region->change, &region->lock, &patience->until);
+	if (rv == ETIMEDOUT && region->nr_published == patience->nr_published) {
+		region->stuck = true;
+		pthread_cond_broadcast(&region->change);
+	}
 	rv = has_ready(region, compacting) ? 0 : -ENOSPC;
 	pthread_mutex_unlock(&region->lock);
 	return rv;
 }
 
+static void note_given(struct region *region, uint32_t chunk)
+{
+	if (region->chunks[chunk].flags & CHUNK_ISOLATED)
+		region->nr_lent--;
+}
+
 void region_give_chunk(struct region *region, uint32_t chunk)
 {
 	pthread_mutex_lock(&region->lock);
-	list_push(region, &region->ready, chunk, CHUNK_READY);
+	region_list_push(region, &region->ready, chunk, CHUNK_READY);
 	region->nr_ready++;
 	region->nr_used--;
 	tell(region);
+	note_given(region, chunk);
 	pthread_mutex_unlock(&region->lock);
 }
 
@@ -429,9 +435,10 @@ void region_give_punched(struct region *region, uint32_t chunk)
 	/* The whole chunk will be counted as returned; these pages were before. */
 	atomic_fetch_sub(&region->header->pages_returned, region->chunks[chunk].punched);
 	pthread_mutex_lock(&region->lock);
-	list_push(region, &region->stale, chunk, CHUNK_STALE);
+	region_list_push(region, &region->stale, chunk, CHUNK_STALE);
 	region->nr_used--;
 	tell(region);
+	note_given(region, chunk);
 	pthread_mutex_unlock(&region->lock);
 }
 
@@ -448,6 +455,7 @@ void region_settle(struct region *region)
 void region_replenish(struct region *region)
 {
 	pthread_mutex_lock(&region->keeping);
+	region_populate_entries(region, KEEPER_REFILL);
 	pthread_mutex_lock(&region->lock);
 	fill_reserve(region);
 	pthread_mutex_unlock(&region->lock);
@@ -462,13 +470,26 @@ void region_hold(struct region *region, uint32_t chunks)
 	pthread_mutex_unlock(&region->lock);
 }
 
+void region_end_round(struct region *region)
+{
+	pthread_mutex_lock(&region->lock);
+	end_round(region);
+	pthread_mutex_unlock(&region->lock);
+}
+
 uint32_t region_compaction_budget(struct region *region)
 {
-	uint32_t level, nr;
+	uint32_t level, nr, cap, most;
 
 	pthread_mutex_lock(&region->lock);
+	end_round(region);
 	level = refill_level(region);
 	nr = region->nr_ready > level ? region->nr_ready - level : 1;
+	cap = used_cap(region, false);
+	most = region->spare + (region->nr_used < cap ? (cap - region->nr_used) / 2 : 0);
+	if (nr > most)
+		nr = most ? most : 1;
+	region->nr_promised = nr;
 	pthread_mutex_unlock(&region->lock);
 	return nr;
 }
@@ -502,7 +523,7 @@ void region_usage(struct region *region, uint64_t *arena, uint64_t *tables, uint
 	pthread_mutex_lock(&region->lock);
 	fstat(region->fd, &st);
 	ready = (uint64_t)region->nr_ready * region->chunk_bytes;
-	*reserve = (uint64_t)reserve_target(region) * region->chunk_bytes;
+	*reserve = (uint64_t)region_reserve_target(region) * region->chunk_bytes;
 	if (*reserve > ready)
 		*reserve = ready;
 	pthread_mutex_unlock(&region->lock);

@@ -33,6 +33,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "journal.h"
 #include "prelude.h"
@@ -104,6 +105,7 @@ struct region {
 	uint32_t place_bits;	     /* that a place in this arena may have */
 	uint32_t chunk_shift;	     /* place >> chunk_shift is the chunk's number */
 	_Atomic uint32_t nr_touched; /* chunks from here on were never used */
+	uint32_t nr_entries;	     /* of the chunk table, populated ahead; under keeping */
 	int fd;
 
 	pthread_mutex_t keeping;
@@ -112,13 +114,23 @@ struct region {
 	pthread_cond_t change; /* whoever needs a chunk waits here */
 	uint32_t ready, holes; /* heads of lists */
 	uint32_t stale;	       /* likewise: free, but not populated throughout */
-	uint32_t nr_ready, nr_used;
-	uint32_t reserve;  /* READY chunks to hold */
-	uint32_t max_used; /* cap on USED chunks */
-	uint32_t spare;	   /* of these, the last ones only for compaction */
-	int refill_error;  /* of the last try to populate, 0 when it went well */
-	uint32_t held;	   /* while compaction runs: READY chunks above the reserve that may stay */
-	uint64_t fresh;	   /* page of the slot table touched last for the first time, plus 1 */
+	/* Read without the lock where a hint is enough. */
+	_Atomic uint32_t nr_ready;
+	uint32_t nr_used;
+	/* For the round of compaction under way: what the limit holds back for it, and how many it
+	 * took, less those that it has emptied. */
+	uint32_t nr_promised;
+	int32_t nr_lent;
+	uint32_t reserve;      /* READY chunks to hold */
+	uint32_t max_used;     /* cap on USED chunks */
+	uint32_t spare;	       /* of these, the last ones only for compaction */
+	uint64_t nr_tries;     /* to populate chunks, begun so far */
+	uint64_t failed_try;   /* the last of these that failed, counted from 1 */
+	uint64_t wanted_try;   /* somebody waits for this one's end */
+	uint64_t nr_published; /* tries that gave READY chunks */
+	bool stuck;	       /* a waiter lost patience, and no try gave any since */
+	uint32_t held;	/* while compaction runs: READY chunks above the reserve that may stay */
+	uint64_t fresh; /* page of the slot table touched last for the first time, plus 1 */
 	uint64_t fresh_before[REGION_NR_FRESH]; /* the keeper's: those that it saw before */
 	uint32_t nr_fresh;
 	uint64_t *ahead;    /* a bit for each such page that the keeper populated; under lock */
@@ -160,11 +172,12 @@ void region_mend(struct region *region);
 int region_check(struct region *region, char *message);
 
 /**
- * region_reset_chunks - forget which chunks are READY
+ * region_reset_chunks - make lists and counts of chunks again
  * @nr_chunks: chunks from here on are not in use, whatever the chunk table says
  *
- * For rebuild: chunks that are USED or WHOLE stay, all others lose their memory; those below
- * @nr_chunks become HOLE, those above are as if never used. Recounts.
+ * For rebuild: chunks below @nr_chunks that are USED or WHOLE stay. Of those that the chunk table
+ * calls READY, and that are populated, the reserve is kept, zeroed: a crash may come when the OS
+ * has no memory to fill it again. All others lose their memory.
  *
  * Context: region->keeping held; nobody else inside.
  */
@@ -180,8 +193,28 @@ void region_reset_chunks(struct region *region, uint32_t nr_chunks);
  */
 int region_take_chunk(struct region *region, bool compacting, uint32_t *chunk);
 
-/** region_wait_ready - wait for the keeper. Return: 0, -ENOSPC (the OS has no memory). */
-int region_wait_ready(struct region *region, bool compacting);
+/* How long a call waits for the keeper, in all its waits; all zero before the first. */
+struct region_patience {
+	struct timespec until;
+	uint64_t nr_published; /* before */
+};
+
+/**
+ * region_wait_ready - wait for the keeper, up to a second
+ *
+ * The OS may be busy for long, and reclaim, which the OS is busy with, may wait for the caller:
+ * after a second the page had better stay with the kernel. From then on nobody waits at all until
+ * the keeper has got memory again: a queue of requests does not take a second each.
+ *
+ * Return: 0, -ENOSPC (a try that began after the call failed, or it takes too long).
+ */
+int region_wait_ready(struct region *region, bool compacting, struct region_patience *patience);
+
+/** region_has_ready - is a chunk READY? Takes no lock, so it may be gone, or have come. */
+static inline bool region_has_ready(const struct region *region)
+{
+	return atomic_load_explicit(&region->nr_ready, memory_order_relaxed);
+}
 
 /** region_give_chunk - return a chunk; its memory must be zero. Context: below the arena lock. */
 void region_give_chunk(struct region *region, uint32_t chunk);
@@ -204,8 +237,16 @@ void region_replenish(struct region *region);
  */
 void region_hold(struct region *region, uint32_t chunks);
 
-/** region_compaction_budget - READY chunks that can be taken before the keeper would refill. */
+/**
+ * region_compaction_budget - READY chunks for a round of compaction, which begins
+ *
+ * No more than can be taken before the keeper would refill, and than leaves writers half of what
+ * the memory limit lets them have. Writers will leave it as many.
+ */
 uint32_t region_compaction_budget(struct region *region);
+
+/** region_end_round - hold back nothing for a round any more: it has all that it takes. */
+void region_end_round(struct region *region);
 
 /**
  * region_punch - give OS pages of the arena back
@@ -214,6 +255,22 @@ uint32_t region_compaction_budget(struct region *region);
  * Return: 0, -errno.
  */
 int region_punch(struct region *region, uint64_t offset, uint64_t bytes);
+
+/** region_drop - likewise, not counted as returned. */
+int region_drop(struct region *region, uint64_t offset, uint64_t bytes);
+
+/* For region*.c: */
+
+/** region_reserve_target - READY chunks to hold now: the memory limit covers the reserve, too. */
+uint32_t region_reserve_target(const struct region *region);
+
+static inline void region_list_push(struct region *region, uint32_t *head, uint32_t c,
+				    enum chunk_state state)
+{
+	region->chunks[c].state = (uint8_t)state;
+	region->chunks[c].next = *head;
+	*head = c;
+}
 
 /* Chunks that may be in use. */
 static inline uint32_t region_nr_touched(const struct region *region)
@@ -242,7 +299,14 @@ void region_note_fresh(struct region *region, uint64_t page);
 /** region_populate_tables - do so. Context: the keeper, both locks; drops region->lock meanwhile. */
 void region_populate_tables(struct region *region);
 
-/* Pages of the tables hold 512 entries each; an untouched one must not even be read, because
+/**
+ * region_populate_entries - populate the entries of the next @more chunks to be touched
+ *
+ * Context: region->keeping held, region->lock not.
+ */
+void region_populate_entries(struct region *region, uint32_t more);
+
+/* Pages of the slot table hold 512 entries each; an untouched one must not even be read, because
  * reading a hole through a mapping allocates it. */
 #define TABLE_SLOTS (PAGE_BYTES / sizeof(slot_t))
 

@@ -28,6 +28,9 @@ static int noswap_tmpfs(void)
 
 	if (fs < 0)
 		return -1;
+	/* With huge pages, where an administrator made them the default, a touch would take 2 MiB, and
+	 * a punch give nothing back. Kernels without them do not know the option. */
+	syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "huge", "never", 0);
 	if (syscall(SYS_fsconfig, fs, FSCONFIG_SET_FLAG, "noswap", NULL, 0) ||
 	    syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "size", "0", 0) ||
 	    syscall(SYS_fsconfig, fs, FSCONFIG_SET_STRING, "mode", "0700", 0) ||
@@ -182,6 +185,19 @@ static uint32_t place_bits(const struct region_geometry *h)
 	return 64 - (uint32_t)__builtin_clzll(nr_words - 1);
 }
 
+static void init_locks(struct region *region)
+{
+	pthread_condattr_t monotonic;
+
+	pthread_mutex_init(&region->keeping, NULL);
+	pthread_mutex_init(&region->lock, NULL);
+	pthread_cond_init(&region->work, NULL);
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&region->change, &monotonic);
+	pthread_condattr_destroy(&monotonic);
+}
+
 int region_map(struct region **out, int fd)
 {
 	struct region_geometry h;
@@ -220,10 +236,7 @@ int region_map(struct region **out, int fd)
 	region->ready = region->holes = region->stale = CHUNK_NONE;
 	region_mend(region);
 	set_limits(region, &h);
-	pthread_mutex_init(&region->keeping, NULL);
-	pthread_mutex_init(&region->lock, NULL);
-	pthread_cond_init(&region->work, NULL);
-	pthread_cond_init(&region->change, NULL);
+	init_locks(region);
 	*out = region;
 	return 0;
 }

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
- * region_tables - pages of the slot table are there before a lane touches them
+ * region_tables - pages of the tables are there before they are touched
+ *
+ * Chunks are touched in rising order, under region->lock, which all lanes want: their entries in
+ * the chunk table are populated ahead.
  *
  * A lane that touched a hole would have the kernel allocate memory, maybe while the kernel waits
  * for that lane to store a page. So the keeper populates, as with chunks, what will be touched
@@ -91,6 +94,22 @@ void region_populate_tables(struct region *region)
 		populate_page(region, page + i * step);
 	region->fresh_before[region->nr_fresh++ % REGION_NR_FRESH] = page;
 	pthread_mutex_lock(&region->lock);
+}
+
+void region_populate_entries(struct region *region, uint32_t more)
+{
+	const struct region_geometry *g = &region->geometry;
+	uint32_t touched = region_nr_touched(region);
+	uint32_t left = region->nr_chunks - touched;
+	uint64_t need = touched + (left < more ? left : more);
+	uint64_t from = touched > region->nr_entries ? touched : region->nr_entries;
+	uint64_t at = from * sizeof(struct chunk) / PAGE_BYTES * PAGE_BYTES;
+	uint64_t end = (need * sizeof(struct chunk) + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+
+	if (need <= region->nr_entries || region_populate(region, g->chunk_off + at, end - at))
+		return;
+	end /= sizeof(struct chunk);
+	region->nr_entries = end < region->nr_chunks ? (uint32_t)end : region->nr_chunks;
 }
 
 void region_note_fresh(struct region *region, uint64_t page)

@@ -10,6 +10,8 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 
+#include "memory.h"
+
 static int store_open(struct store **out, int fd)
 {
 	size_t bytes = sizeof(struct scratch) * REGION_NR_COUNTERS;
@@ -21,13 +23,11 @@ static int store_open(struct store **out, int fd)
 	rv = region_map(&store->region, fd);
 	if (rv)
 		goto out_free;
-	store->scratch =
-		mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (store->scratch == MAP_FAILED) {
+	store->scratch = memory_map(bytes);
+	if (!store->scratch) {
 		rv = -ENOMEM;
 		goto out_region;
 	}
-	madvise(store->scratch, bytes, MADV_DONTDUMP);
 	store->compaction = compaction_create();
 	if (!store->compaction) {
 		rv = -ENOMEM;
@@ -99,7 +99,9 @@ void store_destroy(struct store *store)
 
 struct scratch *store_enter(struct store *store)
 {
-	static _Thread_local uint32_t preferred = UINT32_MAX;
+	/* In a module that is loaded late, other models ask malloc() at a thread's first use. */
+	static _Thread_local uint32_t preferred __attribute__((tls_model("initial-exec"))) =
+		UINT32_MAX;
 	static _Atomic uint32_t nr_threads;
 
 	if (preferred == UINT32_MAX)
@@ -109,6 +111,7 @@ struct scratch *store_enter(struct store *store)
 
 		if (!atomic_exchange_explicit(&s->busy, 1, memory_order_acquire)) {
 			s->counters = &store->region->header->counters[i % REGION_NR_COUNTERS];
+			s->patience = (struct region_patience){0};
 			return s;
 		}
 		if (i - preferred >= REGION_NR_COUNTERS)
@@ -285,7 +288,7 @@ static uint32_t allocate_blocks(struct store *store, struct scratch *s, uint64_t
 					 false, &staged->place);
 		if (rv == -EAGAIN) {
 			arena_unlock(&store->arena);
-			rv = region_wait_ready(store->region, false);
+			rv = region_wait_ready(store->region, false, &s->patience);
 			arena_lock(&store->arena);
 			if (!rv)
 				continue;

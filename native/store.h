@@ -33,6 +33,7 @@ struct staged {
 struct scratch {
 	_Atomic uint32_t busy;
 	struct counters *counters;
+	struct region_patience patience; /* of the call under way */
 	struct staged staged[STORE_BATCH];
 	uint64_t old[STORE_BATCH]; /* the slots' words before */
 	uint64_t codec_state[CODEC_STATE_BYTES / 8];
@@ -81,6 +82,12 @@ static inline uint64_t store_tie(const struct store *store, uint32_t checksum)
 static inline struct journal *store_journal(struct store *store)
 {
 	return &store->region->header->journal;
+}
+
+/** store_has_ready - will a write that needs a chunk find one without waiting? Only a hint. */
+static inline bool store_has_ready(const struct store *store)
+{
+	return region_has_ready(store->region);
 }
 
 /** store_enter - get a desk; waits when all are taken. */

@@ -2,12 +2,14 @@
  *
  * store_check - the slot table is the truth: compare everything with it, or recreate it from it
  */
+#define _GNU_SOURCE
 #include "store.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define MESSAGE_BYTES 160
 
@@ -286,11 +288,14 @@ static int64_t collect_claims(struct store *store, struct arena_claim *claims,
 	int64_t damaged = 0;
 
 	forget_gauges(region->header->counters);
+	atomic_store(&region->words_used, false);
 	for_each_touched(store, index) {
 		uint64_t word = atomic_load_explicit(&region->slots[index], memory_order_relaxed);
 		struct chunk_claims *chunk;
 
 		store_count_page(&region->header->counters[0], word, 1);
+		if (slot_has_word(word))
+			atomic_store_explicit(&region->words_used, true, memory_order_relaxed);
 		if (!names_place(store, word)) {
 			damaged += slot_has_block(word) || !is_sound(store, index, word);
 			continue;
@@ -302,6 +307,38 @@ static int64_t collect_claims(struct store *store, struct arena_claim *claims,
 					     .owner = (uint32_t)index};
 	}
 	return damaged;
+}
+
+/* Clear what no slot names on one page of the word table. */
+static void clear_words(struct store *store, uint64_t page)
+{
+	const struct region *region = store->region;
+	const uint64_t each = PAGE_BYTES / (2 * sizeof(*region->words));
+
+	for (uint64_t i = page * each; i < (page + 1) * each; i++) {
+		uint64_t named = UINT64_MAX;
+
+		if (i >= store->nr_pages || !region_touched(region, i))
+			return;
+		if (slot_has_word(region->slots[i]))
+			named = slot_word_at(i, slot_state(region->slots[i]));
+		for (uint64_t at = 2 * i; at <= 2 * i + 1; at++)
+			if (at != named && region->words[at])
+				region->words[at] = 0;
+	}
+}
+
+/* A worker that died between writing a word and naming it, or before it cleared the old one, left
+ * eight bytes of a page. Only pages of the word table that are there are looked at. */
+static void clear_unnamed_words(struct store *store)
+{
+	const struct region_geometry *g = &store->region->geometry;
+	off_t at = (off_t)g->word_off;
+
+	while ((at = lseek(store->region->fd, at, SEEK_DATA)) >= 0 && at < (off_t)g->chunk_off) {
+		clear_words(store, ((uint64_t)at - g->word_off) / PAGE_BYTES);
+		at += PAGE_BYTES;
+	}
 }
 
 /* Keep the claims that the blocks confirm. Only here are blocks looked at, a chunk at a time: in the
@@ -355,7 +392,9 @@ static uint32_t rebuild_chunk(struct store *store, uint32_t c, struct arena_clai
 	qsort(claims, nr, sizeof(*claims), compare_claims);
 	nr_sound = drop_unsound(store, claims, nr);
 	if (!nr_sound) {
-		chunk->state = CHUNK_HOLE;
+		/* What nobody names may be of the reserve: region_reset_chunks() looks. */
+		if (nr || chunk->state != CHUNK_READY)
+			chunk->state = CHUNK_HOLE;
 		return nr;
 	}
 	nr -= nr_sound;
@@ -383,6 +422,7 @@ static int64_t rebuild(struct store *store, struct chunk_claims *chunks)
 	arena_fini(&store->arena);
 	arena_init(&store->arena, store->region);
 	damaged = collect_claims(store, claims, chunks);
+	clear_unnamed_words(store);
 	for (uint32_t c = 0; c < nr_chunks; c++)
 		damaged += rebuild_chunk(store, c, claims + chunks[c].first, chunks[c].nr);
 	region_reset_chunks(store->region, nr_chunks);

@@ -2,7 +2,7 @@
  *
  * switch - lanes and their token, from start to unmount; see switch.h
  *
- * Memory, one mapping, touched ahead, not in core dumps, not copied to children (a child's copy
+ * Memory, one mapping, populated ahead, not in core dumps, not copied to children (a child's copy
  * would make the next touch of a lane a fault that needs memory):
  *
  *   | ring | reply | buffer 0: 4016 free, headers (80) | payload | buffer 1: ... |
@@ -21,8 +21,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "memory.h"
+
 #define STACK_BYTES (256U << 10)
-#define TOUCHED_STACK_BYTES (64U << 10) /* the store's deepest call takes less than 4 KiB */
 #define MIN_RING_BYTES (1U << 20)
 #define SPIN_PAUSES 16 /* some 0.4 us between reads that find nothing in 0.2 us */
 
@@ -96,11 +97,12 @@ static void wait_for_request(struct fuse_switch *sw, struct buffer *own, uint64_
 	if (sw->awake && poll(&fd, 1, AWAKE_MS) > 0)
 		return;
 	keep_awake(sw, false);
-	if (!sw->nr_close) {
+	sw->nr_close = 0;
+	if (!sw->unwiped)
 		poll(&fd, 1, -1);
-	} else if (poll(&fd, 1, WIPE_AFTER_MS) > 0 || buffers_wipe(sw, own)) {
-		sw->nr_close = 0;
-	}
+	/* What poll() has seen may be gone when it is read: its task was killed. */
+	else if (poll(&fd, 1, WIPE_AFTER_MS) <= 0)
+		sw->unwiped = !buffers_wipe(sw, own);
 }
 
 /* Context: holds the token. Return: length of the message, -errno of the end. */
@@ -123,14 +125,6 @@ static ssize_t next_message(struct fuse_switch *sw, struct buffer *buffer)
 	}
 }
 
-static void __attribute__((noinline)) touch_stack(void)
-{
-	volatile uint8_t stack[TOUCHED_STACK_BYTES];
-
-	for (size_t i = 0; i < sizeof(stack); i += 1024)
-		stack[i] = 0;
-}
-
 /* Serve what is in a buffer without the token, so that another lane reads meanwhile. */
 static void serve_long(struct lane *lane, struct buffer *buffer)
 {
@@ -140,7 +134,7 @@ static void serve_long(struct lane *lane, struct buffer *buffer)
 	if (buffer->request.kind == REQUEST_WRITE) {
 		backlog_serve(lane, buffer);
 	} else {
-		request_serve(sw, buffer);
+		request_serve(lane, buffer);
 		buffer_give(sw, buffer);
 	}
 	journal_end(lane->journal); /* parked on the token, for ever maybe, it has nothing to do */
@@ -165,12 +159,13 @@ static bool lane_step(struct lane *lane)
 	}
 	journal_begin(lane->journal);
 	sw->nr_close++;
+	sw->unwiped = true;
 	if (buffer->used < (size_t)n)
 		buffer->used = (size_t)n;
 	request_parse(sw, buffer->message, (size_t)n, request);
 	sw->spins = request->kind == REQUEST_READ;
-	if (!request_is_long(request)) {
-		request_serve(sw, buffer);
+	if (!request_is_long(sw, request)) {
+		request_serve(lane, buffer);
 		buffer_give(sw, buffer);
 	} else if (request->kind != REQUEST_WRITE || !backlog_put(sw, buffer)) {
 		serve_long(lane, buffer);
@@ -184,7 +179,7 @@ static void *lane_run(void *arg)
 	struct lane *lane = arg;
 	struct fuse_switch *sw = lane->sw;
 
-	touch_stack();
+	memory_touch_stack();
 	pthread_mutex_lock(&sw->token);
 	while (!sw->ended && lane_step(lane))
 		;
@@ -225,13 +220,9 @@ static int map_memory(struct fuse_switch *sw)
 	sw->buffers = calloc(nr_buffers, sizeof(*sw->buffers));
 	if (!sw->buffers)
 		return -ENOMEM;
-	sw->memory = mmap(NULL, sw->memory_bytes, PROT_READ | PROT_WRITE,
-			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	if (sw->memory == MAP_FAILED) {
-		sw->memory = NULL;
+	sw->memory = memory_map(sw->memory_bytes);
+	if (!sw->memory)
 		return -ENOMEM;
-	}
-	madvise(sw->memory, sw->memory_bytes, MADV_DONTDUMP);
 	madvise(sw->memory, sw->memory_bytes, MADV_DONTFORK);
 	sw->ring.bytes = sw->memory;
 	sw->reply = sw->memory + sw->ring.size;
@@ -257,7 +248,6 @@ int switch_create(struct fuse_switch **out, struct store *store,
 		  const struct switch_options *options)
 {
 	size_t bytes = sizeof(struct fuse_switch) + options->nr_lanes * sizeof(struct lane);
-	struct store_stats stats;
 	struct fuse_switch *sw;
 	int rv;
 
@@ -269,8 +259,7 @@ int switch_create(struct fuse_switch **out, struct store *store,
 	memset(sw, 0, bytes);
 	sw->store = store;
 	sw->options = *options;
-	store_get_stats(store, &stats);
-	sw->file_bytes = stats.nr_pages * PAGE_BYTES;
+	sw->file_bytes = store->nr_pages * PAGE_BYTES;
 	pthread_mutex_init(&sw->token, NULL);
 	pthread_mutex_init(&sw->backlog.lock, NULL);
 	sw->backlog.max_writing = max_writing(options->nr_lanes);

@@ -93,7 +93,8 @@ struct fuse_switch {
 	pthread_mutex_t token;
 	/* Under the token. */
 	bool ended;
-	uint32_t nr_close; /* requests since the last sleep, or still in buffers */
+	uint32_t nr_close; /* requests since the last sleep */
+	bool unwiped;	   /* may buffers hold content? */
 	bool spins;	   /* was the last request a read? */
 	bool awake;	   /* are the CPUs kept from sleeping? */
 	int error;	   /* what ended it: 0 (unmounted) or -errno */
@@ -182,14 +183,15 @@ void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t 
 		   struct request *out);
 
 /** request_is_long - may it take long enough that another lane should read meanwhile? */
-bool request_is_long(const struct request *request);
+bool request_is_long(const struct fuse_switch *sw, const struct request *request);
 
 /**
  * request_serve - answer or forward the request in a buffer
+ * @lane: the caller; has begun a request in the journal
  *
- * Context: a lane; holds the token unless request_is_long().
+ * Context: holds the token unless request_is_long().
  */
-void request_serve(struct fuse_switch *sw, struct buffer *buffer);
+void request_serve(struct lane *lane, struct buffer *buffer);
 
 /** buffer_take - Return: a buffer; there is always one for a lane that holds none. */
 struct buffer *buffer_take(struct fuse_switch *sw);

@@ -114,7 +114,7 @@ static struct buffer *next_write(struct backlog *b, struct buffer *done)
 void backlog_serve(struct lane *lane, struct buffer *buffer)
 {
 	while (buffer) {
-		request_serve(lane->sw, buffer);
+		request_serve(lane, buffer);
 		journal_begin(lane->journal);
 		buffer = next_write(&lane->sw->backlog, buffer);
 	}

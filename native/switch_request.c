@@ -26,6 +26,9 @@
 #define SHORT_WRITE_BYTES (2 * PAGE_BYTES)
 #define SHORT_PUNCH_BYTES (64 * PAGE_BYTES)
 
+/* What is punched between two steps of a lane: a page of the slot table, some 50 us. */
+#define PUNCH_BYTES (TABLE_SLOTS * PAGE_BYTES)
+
 #define FALLOC_FREE (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE)
 
 bool switch_reply(const struct fuse_switch *sw, const struct fuse_out_header *out)
@@ -180,11 +183,19 @@ void request_parse(const struct fuse_switch *sw, const uint8_t *message, size_t 
 	}
 }
 
-bool request_is_long(const struct request *r)
+/* Who stores a page may have to wait for a chunk. A punch stores where it parts a page. */
+bool request_is_long(const struct fuse_switch *sw, const struct request *r)
 {
-	return (r->kind == REQUEST_READ && r->length > SHORT_READ_BYTES) ||
-	       (r->kind == REQUEST_WRITE && r->length > SHORT_WRITE_BYTES) ||
-	       (r->kind == REQUEST_PUNCH && r->length > SHORT_PUNCH_BYTES);
+	switch (r->kind) {
+	case REQUEST_READ:
+		return r->length > SHORT_READ_BYTES;
+	case REQUEST_WRITE:
+		return r->length > SHORT_WRITE_BYTES || !store_has_ready(sw->store);
+	case REQUEST_PUNCH:
+		return r->length > SHORT_PUNCH_BYTES || !store_has_ready(sw->store);
+	default:
+		return false;
+	}
 }
 
 static void serve_read(struct fuse_switch *sw, struct buffer *buffer)
@@ -232,6 +243,28 @@ static void serve_write(struct fuse_switch *sw, const struct buffer *buffer)
 		switch_reply(sw, &out.header);
 }
 
+/*
+ * One request may free the whole file, and take longer than the supervisor waits for a lane's next
+ * step. So each piece is a step. Pieces end where pages do.
+ */
+static void serve_punch(struct lane *lane, const struct request *r)
+{
+	struct fuse_switch *sw = lane->sw;
+	uint64_t end = r->offset + r->length;
+	int rv = 0;
+
+	if (end > sw->file_bytes)
+		end = sw->file_bytes;
+	for (uint64_t at = r->offset, next; at < end && !rv; at = next) {
+		next = (at / PUNCH_BYTES + 1) * PUNCH_BYTES;
+		if (next > end)
+			next = end;
+		rv = store_punch(sw->store, at, next - at);
+		journal_begin(lane->journal);
+	}
+	switch_answer(sw, r->unique, rv);
+}
+
 static void serve_forward(struct fuse_switch *sw, const struct buffer *buffer)
 {
 	const struct fuse_in_header *in = (const struct fuse_in_header *)buffer->message;
@@ -244,9 +277,10 @@ static void serve_forward(struct fuse_switch *sw, const struct buffer *buffer)
 		switch_answer(sw, buffer->request.unique, rv);
 }
 
-void request_serve(struct fuse_switch *sw, struct buffer *buffer)
+void request_serve(struct lane *lane, struct buffer *buffer)
 {
 	const struct request *r = &buffer->request;
+	struct fuse_switch *sw = lane->sw;
 
 	switch (r->kind) {
 	case REQUEST_DROP:
@@ -268,7 +302,7 @@ void request_serve(struct fuse_switch *sw, struct buffer *buffer)
 		serve_write(sw, buffer);
 		return;
 	case REQUEST_PUNCH:
-		switch_answer(sw, r->unique, store_punch(sw->store, r->offset, r->length));
+		serve_punch(lane, r);
 		return;
 	}
 }

@@ -165,8 +165,8 @@ void store_note_invalid(struct store *store);
  * @max_bytes: stop after the round that won this much; UINT64_MAX: all that can be won
  *
  * Packs sparse chunks, in rounds of at most 4 MiB of moved content; ends by itself where a round
- * would win nothing. Page requests go on meanwhile and wait for one block's copy at the longest.
- * One caller compacts at a time; others wait for it.
+ * would win nothing, or when as much is won as was free at the start. Page requests go on meanwhile
+ * and wait for one block's copy at the longest. One caller compacts at a time; others wait for it.
  *
  * Return: bytes that the arena occupies less than before, give or take the chunks that requests
  * took or freed meanwhile.

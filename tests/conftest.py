@@ -81,13 +81,18 @@ def zswapfs(*words: object) -> "subprocess.CompletedProcess[str]":
 
 
 def mount_strange(mountpoint: Path, what: str, *words: str) -> "subprocess.CompletedProcess[str]":
-    """Mount 64 MiB with a daemon that has a fault: the name of a function of strange.py."""
+    """Mount 64 MiB with a daemon that has a fault: the name of a function of strange.py.
+
+    Or of another module, as ``module.function``.
+    """
+    module, _, name = what.rpartition(".")
+    module = module or "strange"
     (mountpoint.parent / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'zswapfs.supervisor' in sys.orig_argv:\n"
         f"    sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "    import strange\n"
-        f"    strange.{what}()\n"
+        f"    import {module}\n"
+        f"    {module}.{name}()\n"
     )
     environment = (f"PYTHONPATH={mountpoint.parent}", f"STRANGE={mountpoint.parent}")
     return run("env", *environment, ZSWAPFS, "mount", *words, mountpoint, "-o", "size=64M")

@@ -1,13 +1,15 @@
 """Faults for the daemon: it calls one of these before anything else (conftest.mount_strange)."""
 
+import itertools
 import os
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pyfuse3
 import trio
 
-from zswapfs import compaction, filesystem, worker
+from zswapfs import compaction, filesystem, heartbeat, store, worker
 
 _run = worker.run
 _statfs = filesystem.Filesystem.statfs
@@ -43,8 +45,13 @@ def statistics_fail() -> None:
 
 
 def no_resend() -> None:
-    """Behave as before Linux 6.9, and hang in the first worker's statfs."""
+    """Behave as before Linux 6.9."""
     worker.has_resend = lambda: False
+
+
+def no_resend_and_hanging_statfs() -> None:
+    """Behave as before Linux 6.9, and hang in the first worker's statfs."""
+    no_resend()
     hanging_statfs()
 
 
@@ -77,6 +84,31 @@ def dying_workers() -> None:
         return _run(job)
 
     worker.run = run
+
+
+def slow_start() -> None:
+    """Have the second worker hang before it serves."""
+    heartbeat.START_SECONDS = 6.0
+
+    def run(job: worker.Job) -> int:
+        if job.restarts == 1:
+            time.sleep(1000)
+        return _run(job)
+
+    worker.run = run
+
+
+def confused_supervisor() -> None:
+    """Fail each second time that a supervisor looks after its worker."""
+    steps = store.lane_steps
+    looks = itertools.count()
+
+    def lane_steps(region_fd: int) -> tuple[int, ...]:
+        if next(looks) % 2 == 0:
+            raise MemoryError
+        return steps(region_fd)
+
+    store.lane_steps = lane_steps
 
 
 def failing_start() -> None:

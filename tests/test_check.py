@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Swapped, zswapfs
-from test_protect import V1, V2, make
+from test_protect import NO_LIMIT_V1, V1, V2, make
 from test_strict import may_have_resources
 
 from zswapfs.check import (
@@ -26,7 +26,9 @@ from zswapfs.errors import ConfigError, SetupError
 from zswapfs.swap import State, Swap
 
 LOOP = "/dev/loop3"
-STATE = State("zswapfs-up", (LOOP,), (Swap(LOOP, 1 << 26, 0, 100),))
+AREA = (1 << 14) - 1
+"""Pages that can be swapped to."""
+STATE = State("zswapfs-up", (LOOP,), (Swap(LOOP, AREA << 12, 0, 100),))
 SUPERVISOR, WORKER = 100, 101
 IO_FLUSHER = 0x40180100
 ADDED = "4,77,99,-;Adding 65532k swap on {}.  Priority:100 extents:1 across:65532k {}\n"
@@ -38,7 +40,9 @@ class Machine:
     def __init__(self, root: Path) -> None:
         self.root = root
         make(root, V2.format(root="/"), "0::/a", **{"a/memory.max": "max"})
+        self.write("sys/fs/cgroup/cgroup.controllers", "cpu memory")
         self.write("sys/fs/cgroup/a/memory.swap.current", "0")
+        self.write("sys/fs/cgroup/a/b/memory.swap.max", "1048576")
         self.write("proc/sys/kernel/osrelease", "6.9.1-amd64")
         self.write("proc/sys/vm/page-cluster", "5")
         self.write("sys/module/zswap/parameters/enabled", "N")
@@ -59,6 +63,8 @@ class Machine:
         self.write(f"proc/{pid}/cmdline", "python\0-m\0zswapfs.supervisor\0/mnt/a\0005\0007\0\0")
         self.write(f"proc/{pid}/oom_score_adj", "-1000")
         self.write(f"proc/{pid}/cgroup", "0::/a")
+        self.write(f"proc/{pid}/environ", "")
+        (self.root / f"proc/{pid}/environ").chmod(0)
         self.write(f"proc/{pid}/mountinfo", "22 1 0:5 / /dev rw - devtmpfs devtmpfs rw")
         self.smaps(pid)
         self.status(pid, PPid=parent)
@@ -79,6 +85,7 @@ class Machine:
             "PPid": SUPERVISOR,
             "CapPrm": "0000000000004000",
             "NoNewPrivs": 1,
+            "VmSwap": "      0 kB",
         }
         lines = (f"{name}:\t{value}\n" for name, value in {**good, **values}.items())
         self.write(f"proc/{pid}/status", "".join(lines))
@@ -121,7 +128,7 @@ def test_all_is_well(machine: Machine) -> None:
     found = machine.look()
     assert {finding.state for finding in found} == {OK}
     names = [finding.name for finding in found]
-    assert len(set(names)) == len(names) == 16
+    assert len(set(names)) == len(names) == 18
 
 
 def test_supervisor_and_worker_are_told_apart(machine: Machine) -> None:
@@ -194,13 +201,37 @@ def test_missing_protections_of_the_worker(
     assert found[name].text.startswith(f"{text}; ")
 
 
+@pytest.mark.parametrize("pid", [SUPERVISOR, WORKER])
+def test_locked_memory_in_swap(machine: Machine, pid: int) -> None:
+    """Swapped out before it was locked."""
+    machine.status(pid, PPid=1 if pid == SUPERVISOR else SUPERVISOR, VmSwap="     12 kB")
+    state, name, text = machine.complaint()
+    assert (state, name) == (MISSING, "memory locked")
+    assert " has 12 kB in swap; " in text
+
+
+def test_memory_that_is_dropped(machine: Machine) -> None:
+    """It cannot be locked, and is not swapped either: no complaint."""
+    machine.smaps(WORKER, flags="wr dp")
+    assert {finding.state for finding in machine.look()} == {OK}
+
+
 def test_a_dumpable_worker(machine: Machine) -> None:
     """What it has in memory can be read by others; with capabilities it cannot be told."""
-    machine.write(f"proc/{WORKER}/environ", "")
+    environ = machine.root / f"proc/{WORKER}/environ"
+    environ.chmod(0o400)
     assert machine.complaint()[:2] == (MISSING, "not dumpable")
     machine.status(WORKER, CapPrm=f"{1 << 19:x}")
     found = {finding.name: finding for finding in machine.look()}
     assert "cannot be told" in found["not dumpable"].text
+
+
+def test_what_cannot_be_read_is_not_hidden(machine: Machine) -> None:
+    """Whatever the reason, but that it is forbidden."""
+    (machine.root / f"proc/{WORKER}/environ").unlink()
+    state, name, text = machine.complaint()
+    assert (state, name) == (MISSING, "not dumpable")
+    assert text.startswith("worker cannot be told (No such file or directory); ")
 
 
 @pytest.mark.parametrize("target", ["/memfd:zswapfs (deleted)", "/var/region", "/#7 (deleted)"])
@@ -227,10 +258,20 @@ def test_a_limited_cgroup(machine: Machine) -> None:
     limit = f"limited by {machine.root}/sys/fs/cgroup/a/memory.high"
     assert text.startswith(f"supervisor {limit}, worker {limit}; ")
     limits = {"b/memory.limit_in_bytes": "4096", "memory.memsw.usage_in_bytes": "0"}
+    limits["b/memory.memsw.limit_in_bytes"] = "8192"
     make(machine.root, V1.format(root="/"), "4:memory:/a", **limits)
     assert {finding.state for finding in machine.look()} == {OK}
     machine.write(f"proc/{WORKER}/cgroup", "4:memory:/b")
     assert machine.complaint()[:2] == (MISSING, "memory cgroups")
+
+
+@pytest.mark.parametrize("pid", [SUPERVISOR, WORKER])
+def test_a_session(machine: Machine, pid: int) -> None:
+    """What a login ends is named."""
+    machine.write(f"proc/{pid}/cgroup", "0::/user.slice/user-0.slice/session-1.scope")
+    state, name, text = machine.complaint()
+    assert (state, name) == (MISSING, "session")
+    assert f" ends with {machine.root}/sys/fs/cgroup/user.slice; " in text
 
 
 @pytest.mark.parametrize("release", ["6.8.12", "5.15.0-100-generic", "unheard of"])
@@ -260,11 +301,28 @@ def test_settings_that_hurt(machine: Machine, file: str, text: str, name: str) -
 
 
 def test_whose_discard_the_kernel_tells_of(machine: Machine) -> None:
-    """Both modes of it are as good; other devices' do not matter; an old log tells nothing."""
+    """Both modes of it are as good; other devices' do not matter."""
     others = ADDED.format("/dev/loop33", "SS") + ADDED.format("/dev/sda2", "SS")
-    for said in (ADDED.format(LOOP, "SSDc") + others, others, ""):
-        machine.write("dev/kmsg", said)
+    machine.write("dev/kmsg", ADDED.format(LOOP, "SSDc") + others)
+    assert {finding.state for finding in machine.look()} == {OK}
+    machine.write("dev/kmsg", others)
+    assert machine.complaint()[:2] == (WARN, "loop3 discard")
+
+
+@pytest.mark.parametrize(("pages", "tells"), [(0, False), (AREA, False), (AREA + 512, True)])
+def test_discard_that_the_kernel_no_longer_tells_of(
+    machine: Machine, pages: int, *, tells: bool
+) -> None:
+    """Freed clusters show that it is on; swapon's own, of all that there is, do not."""
+    (machine.root / "dev/kmsg").unlink()
+    machine.write("sys/block/loop3/loop/backing_file", "/mnt/a/swap\n")
+    machine.write("mnt/a/.stats.json", json.dumps({"PagesDiscard": pages}))
+    if tells:
         assert {finding.state for finding in machine.look()} == {OK}
+    else:
+        state, name, text = machine.complaint()
+        assert (state, name) == (WARN, "loop3 discard")
+        assert text.startswith("cannot be told: ")
 
 
 def test_no_swap_accounting(machine: Machine) -> None:
@@ -274,6 +332,25 @@ def test_no_swap_accounting(machine: Machine) -> None:
     limits = {"memory.limit_in_bytes": str(1 << 63)}
     make(machine.root, V1.format(root="/"), "4:memory:/a", **limits)
     assert machine.complaint()[:2] == (WARN, "swap accounting")
+
+
+def test_no_memory_cgroups(machine: Machine) -> None:
+    """Of either version."""
+    machine.write("sys/fs/cgroup/cgroup.controllers", "cpu pids")
+    state, name, text = machine.complaint()
+    assert (state, name) == (WARN, "swap accounting")
+    assert text.startswith("no memory cgroups: ")
+    machine.write("proc/self/mountinfo", "22 1 0:5 / /dev rw - devtmpfs devtmpfs rw\n")
+    assert machine.complaint()[:2] == (WARN, "swap accounting")
+
+
+def test_no_swap_limits(machine: Machine) -> None:
+    """What version 1 calls no limit is a number."""
+    machine.write("sys/fs/cgroup/a/b/memory.swap.max", "max")
+    assert machine.complaint()[:2] == (WARN, "swap limits")
+    files = {"memory.memsw.usage_in_bytes": "0", "memory.memsw.limit_in_bytes": NO_LIMIT_V1}
+    make(machine.root, V1.format(root="/"), "4:memory:/a", **files)
+    assert machine.complaint()[:2] == (WARN, "swap limits")
 
 
 def test_cpus_that_sleep(machine: Machine) -> None:

@@ -4,6 +4,8 @@ import errno
 import mmap
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ZSWAPFS, Mounted, mount_strange, run, take_down, zswapfs
+from conftest import ZSWAPFS, Mounted, mount_strange, mounts, run, take_down, zswapfs
 
 from zswapfs.store import Store
 
@@ -253,6 +255,48 @@ def test_sigterm_unmounts_what_nobody_uses(mount: Callable[..., Mounted]) -> Non
     assert not mounted.path.is_mount()
 
 
+def test_a_refused_mount_leaves_the_one_below(place: Path) -> None:
+    """Where the mountpoint is an empty filesystem's root, that stays."""
+    assert run("mount", "-t", "tmpfs", "below", place).returncode == 0
+    try:
+        assert mount_strange(place, "failing_start").returncode == 1
+        assert [kind for path, kind in mounts() if path == os.fsencode(place)] == [b"tmpfs"]
+    finally:
+        run("umount", place)
+
+
+def test_sigterm_unmounts_nothing_else(mounted: Mounted) -> None:
+    """What was mounted over it is another's."""
+    assert run("mount", "-t", "tmpfs", "above", mounted.path).returncode == 0
+    try:
+        os.kill(min(mounted.daemon()), signal.SIGTERM)
+        time.sleep(0.3)
+        found = [kind for path, kind in mounts() if path == os.fsencode(mounted.path)]
+        assert found == [b"fuse.zswapfs", b"tmpfs"]
+    finally:
+        run("umount", mounted.path)
+
+
+def test_a_source_may_have_any_name(place: Path) -> None:
+    """As fstab gives it, also in no encoding."""
+    done = run(ZSWAPFS, "mount", "--source", b"\xff".decode(errors="surrogateescape"), place)
+    assert done.returncode == 0, done.stderr
+    assert run("umount", place).returncode == 0
+
+
+def test_the_daemons_memory_is_both_processes(place: Path) -> None:
+    """Also where one may not look at the other: as in a unit without CAP_SYS_PTRACE."""
+    lacking = ("setpriv", "--inh-caps=-all", "--bounding-set=-sys_ptrace")
+    done = run(*lacking, ZSWAPFS, "mount", place, "-o", "size=64M")
+    assert done.returncode == 0, done.stderr
+    mounted = Mounted(place)
+    total = 0
+    for process in mounted.daemon():
+        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        total += sum(map(int, re.findall(r"^Pss_(?:Anon|File): +(\d+)", text, re.MULTILINE)))
+    assert abs(mounted.stats()["DaemonRSS"] - total) < total / 10
+
+
 def test_foreground(place: Path) -> None:
     """-f stays until the unmount, and returns 0."""
     done = subprocess.Popen([sys.executable, "-P", "-m", "zswapfs", "mount", "-f", place])
@@ -298,7 +342,7 @@ def test_mount_knows_the_type(place: Path) -> None:
 HOLDER = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
-from zswapfs import store, supervisor, worker
+from zswapfs import mount, store, worker
 from zswapfs.config import Options
 
 def hold():
@@ -306,11 +350,11 @@ def hold():
         time.sleep(0.01)
     ctypes.PyDLL(None).sleep(3)  # a call through PyDLL keeps the interpreter's lock
 
-fuse_fd = supervisor.mount_fuse(Path(sys.argv[1]), "zswapfs")
+fuse_fd = mount.mount_fuse(Path(sys.argv[1]), "zswapfs")
 region_fd, _ = store.region_memory()
 store.format_region(region_fd, (64 << 20) // 4096)
 threading.Thread(target=hold, daemon=True).start()
-sys.exit(worker.run(worker.Job(Options(size=64 << 20), fuse_fd, region_fd, 1, 0)))
+sys.exit(worker.run(worker.Job(Options(size=64 << 20), fuse_fd, region_fd, 1, -1, 0)))
 """
 
 

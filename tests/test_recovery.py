@@ -17,6 +17,7 @@ from conftest import TIMEOUT, ZSWAPFS, Mounted, Swapped, cgroup_root, mount_stra
 
 from zswapfs import supervisor
 from zswapfs.heartbeat import Heartbeat
+from zswapfs.mount import restart_python
 from zswapfs.store import Store
 
 LOAD = Path(__file__).with_name("load.py")
@@ -296,7 +297,7 @@ def test_requests_in_flight_come_again(strange: Callable[[str], Mounted]) -> Non
 @pytest.mark.mounted
 def test_without_resend_they_fail_and_others_do_not(strange: Callable[[str], Mounted]) -> None:
     """As before Linux 6.9."""
-    mounted = strange("no_resend")
+    mounted = strange("no_resend_and_hanging_statfs")
     _write(mounted, _pattern(6))
     failed: list[OSError] = []
 
@@ -351,6 +352,200 @@ def test_workers_that_die_at_once_are_replaced_more_slowly(
     assert _read(mounted) == _pattern(9)
     assert 1.5 < time.monotonic() - began < 10
     assert mounted.stats()["Restarts"] == 5
+
+
+@pytest.mark.mounted
+def test_workers_need_no_files(strange: Callable[[str], Mounted]) -> None:
+    """What is installed may be gone, or another version: it was loaded before."""
+    mounted = strange("offline.files_are_gone_after_forks")
+    _write(mounted, _pattern(10))
+    for restarts in (1, 2):
+        worker = _worker_of(mounted)
+        os.kill(worker, signal.SIGKILL)
+        _new_worker(mounted, worker)
+        assert _read(mounted) == _pattern(10)
+        assert mounted.stats()["Restarts"] == restarts
+        (mounted.path / ".compact").write_text("1")
+
+
+@pytest.mark.mounted
+def test_a_worker_that_does_not_start_is_replaced(strange: Callable[[str], Mounted]) -> None:
+    """It serves nobody, so no request of its lanes would tell."""
+    mounted = strange("slow_start")
+    _write(mounted, _pattern(11))
+    os.kill(_worker_of(mounted), signal.SIGKILL)
+    began = time.monotonic()
+    assert _read(mounted) == _pattern(11)
+    assert 5 < time.monotonic() - began < 30
+    assert mounted.stats()["Restarts"] == 2
+
+
+@pytest.mark.mounted
+def test_a_supervisor_survives_its_own_errors(place: Path) -> None:
+    """Nobody else would replace the worker."""
+    done = mount_strange(place, "confused_supervisor", "-o", "heartbeat=1")
+    assert done.returncode == 0, done.stderr
+    mounted = Mounted(place)
+    _write(mounted, _pattern(12))
+    for restarts in (1, 2, 3):
+        time.sleep(1.2)
+        worker = _worker_of(mounted)
+        os.kill(worker, signal.SIGKILL)
+        _new_worker(mounted, worker)
+        assert _read(mounted) == _pattern(12)
+        assert mounted.stats()["Restarts"] == restarts
+
+
+@pytest.mark.mounted
+def test_without_resend_a_restart_is_refused(strange: Callable[[str], Mounted]) -> None:
+    """It would fail what is under way, which may be somebody's page."""
+    mounted = strange("no_resend")
+    before = _processes(mounted)
+    done = zswapfs("restart", mounted.path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "before Linux 6.9" in done.stderr
+    assert _processes(mounted) == before
+
+
+def _has_no_names(mounted: Mounted) -> bool:
+    try:
+        mounted.stats()
+    except OSError:
+        return True
+    return False
+
+
+@pytest.mark.mounted
+def test_a_restart_brings_names_back(strange: Callable[[str], Mounted]) -> None:
+    """After two control planes have failed there is none until then."""
+    mounted = strange("failing_statfs")
+    with pytest.raises(OSError, match="Input/output error"):
+        os.statvfs(mounted.path)
+    _wait_for(lambda: _has_no_names(mounted))
+    done = zswapfs("restart", mounted.path)
+    assert done.returncode == 0, done.stderr
+    assert mounted.stats()["Restarts"] == 3
+
+
+def _python_that(place: Path, does: str) -> Path:
+    """Return an interpreter for a restart."""
+    script = place.with_name("python")
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.mounted
+def test_workers_are_replaced_while_a_restart_is_tried(mounted: Mounted) -> None:
+    """The installed program may take its time."""
+    _write(mounted, _pattern(14))
+    first, worker = _processes(mounted)
+    started = mounted.path.with_name("started")
+    python = _python_that(mounted.path, f"touch {started}; sleep 3; echo no >&2; exit 1")
+    restart_python(mounted.path).write_text(str(python))
+    try:
+        os.kill(first, signal.SIGHUP)
+        _wait_for(started.exists)
+        began = time.monotonic()
+        os.kill(worker, signal.SIGKILL)
+        assert _read(mounted) == _pattern(14)
+        assert time.monotonic() - began < 2
+    finally:
+        restart_python(mounted.path).unlink()
+    assert _processes(mounted)[0] == first
+
+
+@pytest.mark.mounted
+def test_a_restart_right_after_a_death_is_answered(mounted: Mounted) -> None:
+    """By the new program, not by the worker that becomes ready meanwhile."""
+    os.kill(_worker_of(mounted), signal.SIGKILL)
+    done = zswapfs("restart", mounted.path)
+    assert done.returncode == 0, done.stderr
+    assert "goes on with version" in done.stdout
+    assert mounted.stats()["Restarts"] == 2
+
+
+@pytest.mark.mounted
+def test_programs_have_no_protection_of_the_daemons(mounted: Mounted) -> None:
+    """What only the daemon may have is inherited, unless it is dropped."""
+    first, _ = _processes(mounted)
+    Path(f"/proc/{first}/oom_score_adj").write_text("500")
+    found = mounted.path.with_name("found")
+    python = _python_that(
+        mounted.path, f"cat /proc/self/oom_score_adj >{found}.new; mv {found}.new {found}"
+    )
+    restart_python(mounted.path).write_text(str(python))
+    try:
+        os.kill(first, signal.SIGHUP)
+        _wait_for(found.exists)
+    finally:
+        restart_python(mounted.path).unlink()
+    assert found.read_text() == "0\n"
+
+
+@pytest.mark.mounted
+def test_a_program_that_cannot_be_run_changes_nothing(mounted: Mounted) -> None:
+    """Neither one that is gone, nor one that says nothing of its version."""
+    first, worker = _processes(mounted)
+    for python in (Path("/nowhere/python"), _python_that(mounted.path, "exit 0")):
+        restart_python(mounted.path).write_text(str(python))
+        os.kill(first, signal.SIGHUP)
+        time.sleep(0.5)
+    restart_python(mounted.path).unlink()
+    assert _processes(mounted) == (first, worker)
+    assert zswapfs("restart", mounted.path).returncode == 0
+
+
+@pytest.mark.mounted
+def test_a_terminal_does_not_stop_the_daemon(place: Path) -> None:
+    """In the foreground it gets what is typed there, which would stop or end it."""
+    words = (ZSWAPFS, "mount", place, "-f", "-o", "size=64M")
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as daemon:
+        mounted = Mounted(place)
+        _wait_for(place.is_mount)
+        assert mounted.stats()["Restarts"] == 0
+        for process in _processes(mounted):
+            for number in (signal.SIGTSTP, signal.SIGTTOU, signal.SIGTTIN, signal.SIGQUIT):
+                os.kill(process, number)
+        time.sleep(0.2)
+        _write(mounted, _pattern(15))
+        for process in _processes(mounted):
+            assert "\nState:\tT" not in Path(f"/proc/{process}/status").read_text()
+        assert mounted.stats()["Restarts"] == 0
+        daemon.terminate()
+        assert daemon.wait(TIMEOUT) == 0
+
+
+BRING_IN = """
+import mmap, sys
+from pathlib import Path
+from zswapfs import worker
+
+def swapped():
+    return int(Path("/proc/self/status").read_text().partition("VmSwap:")[2].split()[0])
+
+mine = [bytes([i & 255]) * 5000 for i in range(4000)]
+hog = mmap.mmap(-1, 96 << 20)
+for at in range(0, len(hog), 4096):
+    hog[at] = 1
+before = swapped()
+hog.close()
+worker.protect_memory(bring_in=True)
+print(before, swapped())
+sys.stdout.flush()
+"""
+
+
+@pytest.mark.swapped
+def test_what_is_in_swap_comes_back_when_it_is_locked(swapped_on: Callable[..., Swapped]) -> None:
+    """Or a supervisor that takes over would wait for what only the dead worker could bring."""
+    swap = swapped_on("--size", "256M")
+    program = swap.load(64, sys.executable, "-P", "-c", BRING_IN)
+    out, _ = program.communicate(timeout=TIMEOUT)
+    before, after = map(int, out.split())
+    assert before > 1000
+    assert after == 0
 
 
 @pytest.mark.swapped

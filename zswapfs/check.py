@@ -4,6 +4,8 @@ Looks from outside, at /proc and /sys: what the daemon believes of itself is not
 protection that is missing puts swap at risk; a setting that hurts costs speed or memory.
 """
 
+import errno
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,9 +14,17 @@ from functools import cached_property
 from pathlib import Path
 
 from . import swap
+from .config import PAGE_BYTES
 from .errors import ConfigError, SetupError
 from .privileges import CAP_IPC_LOCK, give_up_capabilities
-from .protect import hierarchies, memory_limits
+from .protect import (
+    Hierarchy,
+    cgroups_below,
+    has_limit,
+    hierarchies,
+    memory_limits,
+    sessions,
+)
 from .tune import PAGE_CLUSTER
 
 OK, MISSING, WARN = "ok", "MISSING", "warn"
@@ -25,9 +35,12 @@ _ROLES = {"zswapfs": "supervisor", "zswapfs-worker": "worker"}
 _IO_FLUSHER = 0x00080000 | 0x00100000
 """PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE (include/linux/sched.h): what PR_SET_IO_FLUSHER sets."""
 _UNKILLABLE = -1000
-_UNLOCKABLE = frozenset({b"io", b"pf", b"mm", b"de", b"dp", b"ht"})
-"""Flags of mappings that mlock() leaves out, like the vDSO's, and that the kernel never swaps."""
+_UNLOCKABLE = frozenset({b"io", b"pf", b"mm", b"de", b"ht", b"dp"})
+"""Flags of mappings that mlock() leaves out, like the vDSO's, and that the kernel never swaps.
+
+The last one's pages (MAP_DROPPABLE, Linux 6.11: glibc's for random numbers) it drops instead."""
 _RESEND_SINCE = (6, 9)
+_SWAP_LIMITS = ("memory.swap.max", "memory.memsw.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,10 @@ def find_daemon(mountpoint: Path, root: Path = Path("/")) -> tuple[Process, Proc
 
 
 def _unlocked(process: Process) -> str | None:
-    """Unlocked memory: mapping by mapping, for VmLck drifts with mremap() on some kernels."""
+    """Unlocked memory: mapping by mapping, for VmLck drifts with mremap() on some kernels.
+
+    And what is in swap already.
+    """
     unlocked = size = 0
     name, first = b"", b""
     for line in (process.folder / "smaps").read_bytes().split(b"\n"):
@@ -109,8 +125,12 @@ def _unlocked(process: Process) -> str | None:
                 first = first or name
         elif re.match(rb"[0-9a-f]+-", line):
             name = line
-    what = os.fsdecode(first.split(b" ")[-1]) or "nameless"
-    return f"{unlocked} kB can be swapped out ({what})" if unlocked else None
+    if unlocked:
+        what = os.fsdecode(first.split(b" ")[-1]) or "nameless"
+        return f"{unlocked} kB can be swapped out ({what})"
+    # With MCL_ONFAULT a lock does not bring back what had been swapped out before.
+    swapped = process.status.get("VmSwap", "0 kB")
+    return f"has {swapped} in swap" if swapped != "0 kB" else None
 
 
 def _swappable_region(process: Process) -> str | None:
@@ -150,6 +170,12 @@ def _limited(process: Process) -> str | None:
     return f"limited by {limits[0]}" if limits else None
 
 
+def _in_session(process: Process) -> str | None:
+    """Cgroups whose processes are killed at logout, or early at shutdown."""
+    found = sessions(process.pid, process.root)
+    return f"ends with {found[0]}" if found else None
+
+
 def _capable(process: Process) -> str | None:
     """Capabilities besides the one that locked memory needs."""
     more = process.capabilities("CapPrm") & ~(1 << CAP_IPC_LOCK)
@@ -165,18 +191,28 @@ def readable_unprivileged(file: Path) -> bool:
     """Say whether its own user, with no capability but CAP_IPC_LOCK, may read a process's file.
 
     The kernel shows a process's memory and environment to such only while it is dumpable, and
-    only if it has no capability that they have not.
+    only if it has no capability that they have not. Raises OSError when that cannot be told.
     """
     pid = os.fork()
     if pid == 0:
-        code = 2
+        code = errno.ENOTSUP
         try:
             give_up_capabilities()
-            file.read_bytes()
-            code = 0
+            code = _error_of_reading(file)
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code not in (0, errno.EACCES, errno.EPERM):
+        raise OSError(code, os.strerror(code))
+    return code == 0
+
+
+def _error_of_reading(file: Path) -> int:
+    try:
+        file.read_bytes()
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def _dumpable(process: Process) -> str | None:
@@ -213,7 +249,7 @@ class _Protection:
 
 _RESOURCE = "start it with CAP_SYS_RESOURCE"
 _PROTECTIONS = (
-    _Protection("memory locked", _unlocked, "all of it", "start it with CAP_IPC_LOCK"),
+    _Protection("memory locked", _unlocked, "all of it", "start it again, with CAP_IPC_LOCK"),
     _Protection(
         "region", _swappable_region, "on a tmpfs that is never swapped", "needs Linux 6.4"
     ),
@@ -222,6 +258,7 @@ _PROTECTIONS = (
     _Protection(
         "memory cgroups", _limited, "none limits it", "start it where no memory limit holds"
     ),
+    _Protection("session", _in_session, "outlives any", "start it as a service (contrib/systemd)"),
     _Protection(
         "capabilities", _capable, "none but CAP_IPC_LOCK", "needs CAP_SETPCAP", worker_only=True
     ),
@@ -270,7 +307,23 @@ def _kernel_log(root: Path) -> str:
             text += record
 
 
-def _discard(device: Path, root: Path) -> Finding:
+def _has_freed(device: Path, state: swap.State, root: Path) -> bool:
+    """Say whether the mount was told of freed clusters since it was made.
+
+    By more than swapon's own discards, each of all that can be swapped to. The loop device's
+    counters would tell of what it was used for before, too.
+    """
+    sizes = [each.size for each in state.swaps if each.device == str(device)]
+    try:
+        path = (root / "sys/block" / device.name / "loop/backing_file").read_bytes()
+        file = root / os.fsdecode(path).removesuffix("\n").lstrip("/")
+        pages = json.loads(file.with_name(".stats.json").read_bytes())["PagesDiscard"]
+    except (OSError, ValueError):
+        return False
+    return bool(sizes) and pages % (sizes[0] // PAGE_BYTES) != 0
+
+
+def _discard(device: Path, state: swap.State, root: Path) -> Finding:
     name = f"{device.name} discard"
     if _read(root / "sys/block" / device.name / "queue/discard_max_bytes") == "0":
         return Finding(WARN, name, "the device has none: freed pages stay; down, then up")
@@ -279,10 +332,13 @@ def _discard(device: Path, root: Path) -> Finding:
     )
     if said and not re.fullmatch(r"(SS)?Ds?c", said[-1]):
         return Finding(WARN, name, "swap is on without: freed pages stay; swapon --discard")
+    if not said and not _has_freed(device, state, root):
+        text = "cannot be told: not in the kernel's log any more, and no cluster was freed yet"
+        return Finding(WARN, name, text)
     return Finding(OK, name, "on")
 
 
-def _loop(device: Path, root: Path) -> Iterator[Finding]:
+def _loop(device: Path, state: swap.State, root: Path) -> Iterator[Finding]:
     folder = root / "sys/block" / device.name
     again = "losetup --direct-io=on --sector-size 4096"
     if _read(folder / "loop/dio") == "1":
@@ -291,16 +347,16 @@ def _loop(device: Path, root: Path) -> Iterator[Finding]:
         text = f"off: each page is cached twice; {again}"
         yield Finding(WARN, f"{device.name} direct I/O", text)
     sector = _read(folder / "queue/logical_block_size")
-    state, advice = (OK, "") if sector == "4096" else (WARN, f", not 4096; {again}")
-    yield Finding(state, f"{device.name} sectors", f"{sector} bytes{advice}")
-    yield _discard(device, root)
+    kind, advice = (OK, "") if sector == "4096" else (WARN, f", not 4096; {again}")
+    yield Finding(kind, f"{device.name} sectors", f"{sector} bytes{advice}")
+    yield _discard(device, state, root)
 
 
 def _swaps(state: swap.State, root: Path) -> Iterator[Finding]:
     if not state.swaps:
         yield Finding(WARN, "swap", "not on; zswapfs up")
     for device in state.loops:
-        yield from _loop(Path(device), root)
+        yield from _loop(Path(device), state, root)
 
 
 def _page_cluster(root: Path) -> Finding:
@@ -318,10 +374,12 @@ def _zswap(root: Path) -> Finding:
     return Finding(OK, "zswap", "off")
 
 
-def _swap_accounting(root: Path) -> Finding:
+def _swap_accounting(trees: list[Hierarchy]) -> Finding:
     """Look whether the kernel counts what each memory cgroup has in swap."""
     name = "swap accounting"
-    for tree in hierarchies(root):
+    if not trees:
+        return Finding(WARN, name, "no memory cgroups: one program can fill all swap")
+    for tree in trees:
         is_v1 = tree.controller == "memory"
         file = "memory.memsw.usage_in_bytes" if is_v1 else "memory.swap.current"
         groups = (
@@ -334,6 +392,29 @@ def _swap_accounting(root: Path) -> Finding:
             )
             return Finding(WARN, name, text)
     return Finding(OK, name, "on")
+
+
+def _swap_limits(trees: list[Hierarchy]) -> Finding:
+    """Look whether any memory cgroup has a limit of what it may have in swap."""
+    name = "swap limits"
+    groups = (group for tree in trees for group in cgroups_below(tree.mount))
+    if any(has_limit(group / file) for group in groups for file in _SWAP_LIMITS):
+        return Finding(OK, name, "some cgroups have one")
+    text = "none: one program can fill all swap; MemorySwapMax= for services that may grow"
+    return Finding(WARN, name, text)
+
+
+def _swap_cgroups(root: Path) -> Iterator[Finding]:
+    trees = [
+        tree
+        for tree in hierarchies(root)
+        if tree.controller == "memory"
+        or "memory" in _read(tree.mount / "cgroup.controllers").split()
+    ]
+    accounting = _swap_accounting(trees)
+    yield accounting
+    if accounting.state == OK:  # or there is nothing to limit
+        yield _swap_limits(trees)
 
 
 def _sleep(root: Path) -> Finding:
@@ -368,6 +449,6 @@ def look(processes: tuple[Process, ...], state: swap.State, root: Path) -> list[
         *_swaps(state, root),
         _page_cluster(root),
         _zswap(root),
-        _swap_accounting(root),
+        *_swap_cgroups(root),
         _sleep(root),
     ]

@@ -11,15 +11,23 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import click
 
-from . import supervisor, swap
+from . import swap
 from .check import MISSING, check_daemon, find_processes
 from .config import DEFAULT_MOUNTPOINT, Options, parse_count, parse_options
 from .errors import ConfigError, SetupError, ZswapfsError
+from .mount import (
+    SIGNALS,
+    Mount,
+    mount_fuse,
+    mount_source,
+    restart_fifo,
+    restart_python,
+    unmount,
+)
 from .tune import PAGE_CLUSTER, PageCluster
 
 READY_TIMEOUT = 30
@@ -50,7 +58,7 @@ def _absolute(mountpoint: Path) -> Path:
 
 
 def _check_mountpoint(mountpoint: Path) -> None:
-    if swap.mount_source(mountpoint) is not None:
+    if mount_source(mountpoint) is not None:
         raise ConfigError(f"{mountpoint}: a zswapfs is mounted there already")
     if not mountpoint.exists():
         raise ConfigError(f"{mountpoint}: no such directory")
@@ -61,7 +69,7 @@ def _check_mountpoint(mountpoint: Path) -> None:
 
 
 def _wait_ready(fd: int, mountpoint: Path) -> list[str]:
-    """Return the worker's notes once the file is usable. Raises SetupError when it will not be."""
+    """Return what the daemon says, once it is usable. Raises SetupError when it will not be."""
     text = ""
     end = time.monotonic() + READY_TIMEOUT
     while "ready\n" not in text:
@@ -69,11 +77,14 @@ def _wait_ready(fd: int, mountpoint: Path) -> list[str]:
             raise SetupError(f"{mountpoint}: not usable after {READY_TIMEOUT} s")
         more = os.read(fd, 4096)
         if not more:
-            lines = [line for line in text.splitlines() if line.startswith("error: ")]
-            reason = lines[-1].removeprefix("error: ") if lines else "the daemon ended"
-            raise SetupError(f"{mountpoint}: {reason}")
+            reasons = _said(text.splitlines(), "error")
+            raise SetupError(f"{mountpoint}: {reasons[-1] if reasons else 'the daemon ended'}")
         text += more.decode(errors="replace")
-    return [line.removeprefix("note: ") for line in text.splitlines() if line.startswith("note: ")]
+    return text.splitlines()
+
+
+def _said(lines: list[str], kind: str) -> list[str]:
+    return [line.removeprefix(f"{kind}: ") for line in lines if line.startswith(f"{kind}: ")]
 
 
 def _start_daemon(mountpoint: Path, options: Options, fuse_fd: int) -> int:
@@ -83,7 +94,7 @@ def _start_daemon(mountpoint: Path, options: Options, fuse_fd: int) -> int:
     kmsg = Path("/dev/kmsg")
     with (kmsg if os.access(kmsg, os.W_OK) else Path(os.devnull)).open("wb") as log:
         subprocess.Popen(
-            supervisor.Mount(mountpoint, options, fuse_fd).command(says),
+            Mount(mountpoint, options, fuse_fd).command(says),
             pass_fds=(fuse_fd, says),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -100,16 +111,16 @@ def _mount(mountpoint: Path, options: Options, source: str) -> list[str]:
     """Mount and leave a daemon behind; return its notes. Nothing is left after an error."""
     _check_mountpoint(mountpoint)
     # The daemon begins with them blocked, until it can handle them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)
-    fuse_fd = supervisor.mount_fuse(mountpoint, source)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    fuse_fd = mount_fuse(mountpoint, source)
     try:
         with os.fdopen(_start_daemon(mountpoint, options, fuse_fd), "rb") as ready:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, supervisor.SIGNALS)
-            notes = _wait_ready(ready.fileno(), mountpoint)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            notes = _said(_wait_ready(ready.fileno(), mountpoint), "note")
         (mountpoint / "swap").stat()
     except BaseException:  # interrupted, too
         with suppress(OSError):
-            supervisor.unmount(mountpoint, lazily=True)
+            unmount(mountpoint, lazily=True)
         raise
     return notes
 
@@ -119,7 +130,7 @@ def _unmount(mountpoint: Path) -> None:
     end = time.monotonic() + UNMOUNT_SECONDS
     while True:
         try:
-            supervisor.unmount(mountpoint)
+            unmount(mountpoint)
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > end:
                 raise SetupError(f"{mountpoint}: {error.strerror}") from None
@@ -132,7 +143,7 @@ def _read_json(mountpoint: Path) -> str:
     try:
         return (mountpoint / ".stats.json").read_text()
     except OSError as error:
-        if swap.mount_source(mountpoint) is None:
+        if mount_source(mountpoint) is None:
             raise ConfigError(f"{mountpoint}: no zswapfs is mounted there") from None
         raise SetupError(f"{mountpoint}: {error.strerror}") from None
 
@@ -161,10 +172,10 @@ def mount_command(
             _print_notes(_mount(target, options, source))
             return
         _check_mountpoint(target)
-        signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.SIGNALS)
-        fuse_fd = supervisor.mount_fuse(target, source)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        fuse_fd = mount_fuse(target, source)
     os.set_inheritable(fuse_fd, True)  # noqa: FBT003
-    os.execv(sys.executable, supervisor.Mount(target, options, fuse_fd).command(-1))  # noqa: S606
+    os.execv(sys.executable, Mount(target, options, fuse_fd).command(-1))  # noqa: S606
 
 
 def _print_notes(notes: list[str]) -> None:
@@ -294,24 +305,32 @@ def down(mountpoint: Path) -> None:
 @cli.command()
 @_MOUNTPOINT
 def restart(mountpoint: Path) -> None:
-    """Have the daemon go on as the installed version, under live swap; or say why not."""
+    """Have the daemon go on as this version, under live swap; or say why not."""
     _need_root()
     target = _absolute(mountpoint)
-    if swap.mount_source(target) is None:
-        raise ConfigError(f"{target}: no zswapfs is mounted there")
-    process = find_processes(target).get("supervisor")
-    if process is None:
-        raise SetupError(f"{target}: its supervisor is gone")
-    fifo = supervisor.restart_fifo(target)
+    with swap.exclusively(target):
+        if mount_source(target) is None:
+            raise ConfigError(f"{target}: no zswapfs is mounted there")
+        process = find_processes(target).get("supervisor")
+        if process is None:
+            raise SetupError(f"{target}: its supervisor is gone")
+        lines = _restart(target, process.pid)
+    _say(f"{target} goes on with version {_said(lines, 'version')[0]}")
+
+
+def _restart(mountpoint: Path, supervisor: int) -> list[str]:
+    """Tell a supervisor to restart with our interpreter; return what it says when it has."""
+    fifo, python = restart_fifo(mountpoint), restart_python(mountpoint)
     fifo.unlink(missing_ok=True)
     os.mkfifo(fifo, 0o600)
     try:
+        python.write_text(sys.executable)
         with os.fdopen(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb") as answer:
-            os.kill(process.pid, signal.SIGHUP)
-            _wait_ready(answer.fileno(), target)
+            os.kill(supervisor, signal.SIGHUP)
+            return _wait_ready(answer.fileno(), mountpoint)
     finally:
-        fifo.unlink()
-    _say(f"{target} goes on with version {metadata.version('zswapfs')}")
+        fifo.unlink(missing_ok=True)
+        python.unlink(missing_ok=True)
 
 
 @cli.command()

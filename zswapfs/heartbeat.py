@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 PATIENCE = 2
 """Looks at which the same thing must not have moved."""
+START_SECONDS = 60.0
+"""A worker that does not serve by then hangs, too; the next one has twice the time."""
 
 
 class Heartbeat:

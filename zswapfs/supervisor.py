@@ -14,91 +14,38 @@ import gc
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from . import worker
-from .config import Options, parse_options, run_file
+from .config import parse_options
 from .errors import SetupError, ZswapfsError
-from .heartbeat import PATIENCE, Heartbeat
+from .heartbeat import PATIENCE, START_SECONDS, Heartbeat
+from .mount import SIGNALS, Mount, restart_fifo, restart_python, unmount
 from .privileges import keep_out_others
+from .program import Program
+from .protect import leave_harmful_cgroups
 from .store import format_region, lane_steps, probe_region, region_memory
 
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-"""Handled here; blocked while nobody could handle them, by whoever starts this program, too."""
 LEAST_PAUSE, MOST_PAUSE = 0.1, 5.0
 SETTLED_SECONDS = 1.0
 """A worker that served for less is followed by the next one after a pause."""
-PROBE_SECONDS = 20
+MOST_START_SECONDS = 3600.0
+NAMES_SECONDS = 10.0
+"""When two control planes in a row have failed sooner than this, there is no third."""
+PROBE_SECONDS = 20.0
+DOWN_SECONDS = 3600.0
 NAME, WORKER_NAME = "zswapfs", "zswapfs-worker"
 
-# -P: the current directory may hold a zswapfs that is not built.
-_PROGRAM = (sys.executable, "-P", "-m", "zswapfs.supervisor")
 _PROBE = "--can-adopt"
-_MS_NOSUID, _MS_NODEV = 2, 4
-_MNT_DETACH = 2
+_FROM_TERMINALS = (signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+"""Would end or stop a daemon in the foreground together with its worker."""
 _PR_SET_NAME = 15
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def mount_fuse(mountpoint: Path, source: str) -> int:
-    """Mount an empty FUSE filesystem; return the descriptor that its requests come from.
-
-    ``source`` is what /proc/mounts will name it. Raises SetupError.
-    """
-    try:
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise SetupError(f"/dev/fuse: {error.strerror}; is the fuse module there?") from None
-    words = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions"
-    words += f",max_read={worker.MAX_REQUEST_BYTES}"
-    flags = _MS_NOSUID | _MS_NODEV
-    target = os.fsencode(mountpoint)
-    if _libc.mount(source.encode(), target, b"fuse.zswapfs", flags, words.encode()):
-        reason = os.strerror(ctypes.get_errno())
-        os.close(fd)
-        raise SetupError(f"{mountpoint}: cannot mount: {reason}")
-    return fd
-
-
-def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
-    """Unmount. Raises OSError (EBUSY: in use)."""
-    if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazily else 0):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(mountpoint))
-
-
-@dataclass(frozen=True)
-class Mount:
-    """What a supervisor holds, and hands on to the program that takes its place."""
-
-    mountpoint: Path
-    options: Options
-    fuse_fd: int
-    region_fd: int = -1
-    worker: int = 0
-    """Process id."""
-    restarts: int = 0
-
-    def command(self, ready_fd: int) -> list[str]:
-        """Return what to run as the daemon; all descriptors must be open in it.
-
-        ``ready_fd`` gets lines: ``note: ...``, then ``ready`` or ``error: ...``; -1: nobody does.
-        """
-        words = [str(self.mountpoint), str(self.fuse_fd), str(ready_fd), self.options.words()]
-        if self.worker:
-            words.append(f"{self.region_fd},{self.worker},{self.restarts}")
-        return [*_PROGRAM, *words]
-
-
-def restart_fifo(mountpoint: Path) -> Path:
-    """Return where a supervisor that is told to restart (SIGHUP) says what became of it."""
-    return run_file(mountpoint, "restart")
 
 
 def complain(text: str) -> None:
@@ -127,22 +74,20 @@ def _worker_main(job: worker.Job) -> NoReturn:
 class _Worker:
     """One worker process, from its fork until it has been waited for."""
 
-    def __init__(self, mount: Mount, ready_fd: int, *, names: bool) -> None:
+    def __init__(self, job: worker.Job, ready_fd: int) -> None:
         self.says_fd, says = os.pipe()
         try:
             self.pid = os.fork()
             if self.pid == 0:
                 with suppress(OSError):
                     os.close(ready_fd)
-                job = worker.Job(
-                    mount.options, mount.fuse_fd, mount.region_fd, says, mount.restarts, names
-                )
-                _worker_main(job)
+                _worker_main(replace(job, says_fd=says))
         except OSError:
             os.close(self.says_fd)
             raise
         finally:
             os.close(says)
+        self.began = time.monotonic()
         self.served_from: float | None = None
         self._text = b""
 
@@ -155,16 +100,51 @@ class _Worker:
             self.served_from = time.monotonic()
         return said if more else None
 
+    def kill(self) -> None:
+        """End it; ``lines`` tells when it has ended."""
+        os.kill(self.pid, signal.SIGKILL)
+
     def wait(self) -> int:
         """Wait for its end, free everything, return its exit code (below 0: the signal)."""
         _, status = os.waitpid(self.pid, 0)
         os.close(self.says_fd)
         return os.waitstatus_to_exitcode(status)
 
-    def has_settled(self) -> bool:
-        """Say whether it served for a while."""
+    def has_served_for(self, seconds: float) -> bool:
+        """Say whether it served for so long."""
         since = self.served_from
-        return since is not None and time.monotonic() - since >= SETTLED_SECONDS
+        return since is not None and time.monotonic() - since >= seconds
+
+
+class _Watch:
+    """Whether a worker starts, and then moves; ``heartbeat`` 0: nobody looks."""
+
+    def __init__(self, process: _Worker, mount: Mount, start_seconds: float) -> None:
+        self._process = process
+        self._mount = mount
+        self._interval = mount.options.heartbeat / PATIENCE
+        self._heartbeat: Heartbeat | None = None
+        self.look_at = process.began + start_seconds if self._interval else None
+
+    def started(self) -> None:
+        """Look at its lanes from now on."""
+        if self._heartbeat is None and self._interval:
+            self._heartbeat = Heartbeat()
+            self.look_at = time.monotonic() + self._interval
+
+    def hangs(self) -> bool:
+        """Look, if it is time; say whether it hangs, once: then it is killed."""
+        now = time.monotonic()
+        if self.look_at is None or now < self.look_at:
+            return False
+        self.look_at = now + self._interval
+        if self._heartbeat is not None:
+            waiting = _has_requests(self._mount.fuse_fd)
+            steps = lane_steps(self._mount.region_fd)[: self._mount.options.lanes]
+            if not self._heartbeat.hangs(steps, waiting=waiting):
+                return False
+        self.look_at = None
+        return True
 
 
 def _has_requests(fuse_fd: int) -> bool:
@@ -176,14 +156,22 @@ def _has_requests(fuse_fd: int) -> bool:
 class Supervisor:
     """The daemon's life: one worker after the other until the kernel has unmounted."""
 
-    def __init__(self, mount: Mount, ready_fd: int) -> None:
+    def __init__(self, mount: Mount, ready_fd: int, memory_fd: int) -> None:
         self._mount = mount
         self._ready_fd = ready_fd
-        self._usable = mount.restarts > 0
+        self._restart_fd = -1
+        """Where who asked for a restart listens, while it is tried."""
+        self._memory_fd = memory_fd
+        self._usable = mount.worker > 0
         self._names = True
+        self._failures = 0
         self._pause = 0.0
+        self._python = sys.executable
+        self._start_seconds = START_SECONDS
+        self._programs: dict[str, Program] = {}
+        """By what they are for: 'restart', 'down'."""
         self._signal_fd, signals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(signals)
+        signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda _number, _frame: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -192,7 +180,8 @@ class Supervisor:
         """Return the daemon's exit code: 0 after the unmount, 1 when it never became usable."""
         while True:
             process = self._fork()
-            code = self._attend(process)
+            self._mount = replace(self._mount, worker=process.pid)
+            code = self._look_after(process)
             if code == 0:
                 return 0
             if not self._usable:
@@ -200,56 +189,87 @@ class Supervisor:
                     unmount(self._mount.mountpoint, lazily=True)
                 return 1
             self._mount = replace(self._mount, restarts=self._mount.restarts + 1)
-            if code == worker.FAILED_AGAIN and self._names:
-                self._names = False
-                self._complain("names and statistics are gone until 'zswapfs restart'")
-            self._pause = 0 if process.has_settled() else self._longer_pause()
+            if code == worker.FAILED:
+                self._count_failure(process)
+            self._pause = 0 if process.has_served_for(SETTLED_SECONDS) else self._longer_pause()
             again = f" in {self._pause:.1f} s" if self._pause else ""
             self._complain(f"the worker ended with {code}; the next one takes over{again}")
             time.sleep(self._pause)
 
+    def _count_failure(self, process: _Worker) -> None:
+        """Do without what fails again and again: pages matter more than names."""
+        self._failures = 1 if process.has_served_for(NAMES_SECONDS) else self._failures + 1
+        if self._failures > 1 and self._names:
+            self._names = False
+            text = "names and statistics are gone until 'zswapfs restart'"
+            self._complain(text)
+            self._answer(f"error: pages are served, but {text}")
+
     def _longer_pause(self) -> float:
         return min(max(2 * self._pause, LEAST_PAUSE), MOST_PAUSE)
+
+    def _job(self) -> worker.Job:
+        mount = self._mount
+        return worker.Job(
+            options=mount.options,
+            fuse_fd=mount.fuse_fd,
+            region_fd=mount.region_fd,
+            says_fd=-1,
+            memory_fd=self._memory_fd,
+            restarts=mount.restarts,
+            names=self._names,
+        )
 
     def _fork(self) -> _Worker:
         while True:
             try:
-                return _Worker(self._mount, self._ready_fd, names=self._names)
-            except OSError as error:
+                return _Worker(self._job(), self._ready_fd)
+            except (OSError, MemoryError) as error:
                 if not self._usable:
                     raise
                 self._pause = self._longer_pause()
-                self._complain(f"cannot fork: {error.strerror}; again in {self._pause:.1f} s")
+                self._complain(f"cannot fork: {error}; again in {self._pause:.1f} s")
                 time.sleep(self._pause)
 
     def _complain(self, text: str) -> None:
         complain(f"{self._mount.mountpoint}: {text}")
 
+    def _look_after(self, process: _Worker) -> int:
+        """Attend to a worker until it ends, whatever goes wrong here; return its exit code."""
+        while True:
+            try:
+                return self._attend(process)
+            except Exception as error:  # noqa: BLE001 nobody else would replace the worker
+                self._complain(f"{type(error).__name__}: {error}; goes on")
+                time.sleep(LEAST_PAUSE)
+
     def _attend(self, process: _Worker) -> int:
         """Listen to a worker and look after it until it ends; return its exit code."""
-        poll = select.poll()
-        for fd in (process.says_fd, self._signal_fd):
-            poll.register(fd, select.POLLIN)
-        heartbeat = Heartbeat()
-        interval = self._mount.options.heartbeat / PATIENCE
-        look_at: float | None = None
+        watch = _Watch(process, self._mount, self._start_seconds)
         while True:
-            wait = None if look_at is None else max(0.0, look_at - time.monotonic()) * 1000
-            ready = {fd for fd, _ in poll.poll(wait)}
+            ready = self._wait(process.says_fd, watch.look_at)
             if process.says_fd in ready and not self._listen(process):
                 return process.wait()
+            if process.served_from is not None:
+                watch.started()
             if self._signal_fd in ready:
-                self._obey(os.read(self._signal_fd, 64), process)
-            now = time.monotonic()
-            if look_at is None and process.served_from is not None and interval:
-                look_at = now + interval
-            if look_at is not None and now >= look_at:
-                look_at = now + interval
-                waiting = _has_requests(self._mount.fuse_fd)
-                steps = lane_steps(self._mount.region_fd)[: self._mount.options.lanes]
-                if heartbeat.hangs(steps, waiting=waiting):
-                    self._complain("the worker hangs")
-                    os.kill(process.pid, signal.SIGKILL)
+                self._obey(os.read(self._signal_fd, 64))
+            self._look_at_programs(ready)
+            if watch.hangs():
+                self._complain("the worker hangs")
+                if process.served_from is None:
+                    self._start_seconds = min(2 * self._start_seconds, MOST_START_SECONDS)
+                process.kill()
+
+    def _wait(self, worker_fd: int, look_at: float | None) -> set[int]:
+        """Return the descriptors that have something to say; none when it is time to look."""
+        poll = select.poll()
+        programs = self._programs.values()
+        for fd in (worker_fd, self._signal_fd, *(program.fd for program in programs)):
+            poll.register(fd, select.POLLIN)
+        times = [at for at in (look_at, *(each.late_at for each in programs)) if at is not None]
+        wait = max(0.0, min(times) - time.monotonic()) * 1000 if times else None
+        return {fd for fd, _ in poll.poll(wait)}
 
     def _listen(self, process: _Worker) -> bool:
         """Pass on what a worker says; return False once it will say no more."""
@@ -261,88 +281,132 @@ class Supervisor:
     def _hear(self, line: str) -> None:
         """Pass it on to whoever has started us, or a restart; later, or else, to the log."""
         kind, _, text = line.partition(": ")
-        if self._ready_fd >= 0 and kind != "serving":
-            worker.write_line(self._ready_fd, line)
-        elif kind == "error" or (kind == "note" and not self._usable):
-            self._complain(text)
         if kind == "ready":
             self._usable = True
-            if self._ready_fd >= 0:
-                os.close(self._ready_fd)
-                self._ready_fd = -1
+            self._answer(line)
+        elif kind == "error" and self._ready_fd >= 0:
+            worker.write_line(self._ready_fd, line)
+        elif kind == "error":
+            self._complain(text)
 
-    def _obey(self, numbers: bytes, process: _Worker) -> None:
+    def _answer(self, line: str) -> None:
+        """Tell whoever has started us the last that there is to tell."""
+        if self._ready_fd >= 0:
+            worker.write_line(self._ready_fd, line)
+            os.close(self._ready_fd)
+            self._ready_fd = -1
+
+    def _run(self, what: str, words: list[str], *, seconds: float) -> None:
+        """Run a program beside, with the region; ``_ended`` gets to know what became of it."""
+        try:
+            keep = (self._mount.region_fd,)
+            self._programs[what] = Program(words, keep=keep, seconds=seconds)
+        except OSError as error:
+            self._ended(what, -1, str(error))
+
+    def _look_at_programs(self, ready: set[int]) -> None:
+        for what, program in list(self._programs.items()):
+            if program.fd in ready:
+                del self._programs[what]
+                self._ended(what, *program.close())
+            elif program.is_late():
+                program.kill()
+
+    def _ended(self, what: str, code: int, said: str) -> None:
+        """Go on after a program with its exit code and the last that it said."""
+        if what == "restart":
+            self._tried(code, said)
+        elif code:
+            self._complain(f"in use, goes on: {said.removeprefix('zswapfs: ')}")
+
+    def _obey(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
             self._stop()
-        if signal.SIGHUP in numbers and self._usable and self._ready_fd < 0:
-            self._restart(process)
+        if signal.SIGHUP in numbers and self._usable and "restart" not in self._programs:
+            self._restart()
 
     def _stop(self) -> None:
-        """Unmount, if nobody uses the mount; under live swap nothing changes."""
+        """Unmount. Where swap is on, have its pages come back before; without room it goes on."""
         try:
             unmount(self._mount.mountpoint)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno == errno.EBUSY and "down" not in self._programs:
+                words = [sys.executable, "-P", "-m", "zswapfs", "down"]
+                self._run("down", [*words, str(self._mount.mountpoint)], seconds=DOWN_SECONDS)
+            elif error.errno not in (errno.EBUSY, errno.EINVAL):
                 self._complain(f"{error.strerror}; goes on")
 
-    def _restart(self, process: _Worker) -> None:
-        """Become the installed program, if that can go on from here; or say why not."""
-        fifo = -1
+    def _restart(self) -> None:
+        """Have the installed program try what it would get, before anything is touched."""
         with suppress(OSError):
             path = restart_fifo(self._mount.mountpoint)
-            fifo = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        reason = self._refusal() or self._become(process, fifo)
+            self._restart_fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not worker.has_resend():
+            self._refuse("before Linux 6.9 it would fail what swap is at; 'down', then 'up'")
+            return
+        self._python = _python_for(self._mount.mountpoint)
+        python, *words = self._mount.command(self._restart_fd, self._python)
+        at = words.index(str(self._mount.mountpoint))
+        self._run("restart", [python, *words[:at], _PROBE, *words[at:]], seconds=PROBE_SECONDS)
+
+    def _tried(self, code: int, said: str) -> None:
+        """Become the installed program, or say why not."""
+        if code or not said.startswith("version: "):
+            self._refuse(said or f"the installed program ended with {code}")
+            return
+        if "down" in self._programs:
+            self._refuse("it is about to go down")
+            return
+        if self._restart_fd >= 0:
+            worker.write_line(self._restart_fd, said)
+        mount = replace(self._mount, restarts=self._mount.restarts + 1)
+        self._refuse(self._become(mount))
+
+    def _refuse(self, reason: str) -> None:
         self._complain(f"no restart: {reason}")
-        if fifo >= 0:
-            worker.write_line(fifo, f"error: {reason}")
-            os.close(fifo)
+        if self._restart_fd >= 0:
+            worker.write_line(self._restart_fd, f"error: {reason}")
+            os.close(self._restart_fd)
+            self._restart_fd = -1
 
-    def _refusal(self) -> str:
-        """Have the installed program try region and options; return what is wrong, or nothing."""
-        fd = self._mount.region_fd
-        words = [*_PROGRAM, _PROBE, str(fd), self._mount.options.words()]
-        try:
-            done = subprocess.run(
-                words,
-                pass_fds=(fd,),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=PROBE_SECONDS,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return str(error)
-        if done.returncode == 0:
-            return ""
-        lines = done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"the installed program ends with {done.returncode}"
-
-    def _become(self, process: _Worker, fifo: int) -> str:
+    def _become(self, mount: Mount) -> str:
         """Execute the installed program in our place; return why that could not be."""
-        mount = replace(self._mount, worker=process.pid, restarts=self._mount.restarts + 1)
-        fds = [fd for fd in (mount.fuse_fd, mount.region_fd, fifo) if fd >= 0]
+        fds = [fd for fd in (mount.fuse_fd, mount.region_fd, self._restart_fd) if fd >= 0]
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._keep_signals()
         for fd in fds:
             os.set_inheritable(fd, True)  # noqa: FBT003
         try:
-            os.execv(sys.executable, mount.command(fifo))  # noqa: S606
+            os.execv(self._python, mount.command(self._restart_fd, self._python))  # noqa: S606
         except OSError as error:
             for fd in fds:
                 os.set_inheritable(fd, False)  # noqa: FBT003
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return str(error)
 
+    def _keep_signals(self) -> None:
+        """Have what came and was not obeyed come again, after all are blocked: to the next one."""
+        with suppress(BlockingIOError):
+            for number in set(os.read(self._signal_fd, 64)) - {signal.SIGHUP}:
+                signal.raise_signal(number)
+
+
+def _python_for(mountpoint: Path) -> str:
+    """Return the interpreter of the version that the restart is to have."""
+    try:
+        return restart_python(mountpoint).read_text() or sys.executable
+    except OSError:
+        return sys.executable
+
 
 def _new_region(mount: Mount, missing: list[str], ready_fd: int) -> int:
     """Return the region, laid out. Whoever cannot have it is told, and loses the mount.
 
-    ``missing`` are protections that this process has not; the worker tells what it has not itself.
-    With strict they are a reason not to start.
+    ``missing`` are protections that cannot be had; with strict they are a reason not to start.
     """
     try:
         fd, noswap = region_memory()
-        notes = []
+        notes = ["; ".join(missing)] if missing else []
         if not noswap:
             notes.append(
                 "no noswap tmpfs (Linux 6.4): the region is only locked; not safe to recover"
@@ -352,8 +416,8 @@ def _new_region(mount: Mount, missing: list[str], ready_fd: int) -> int:
                 "no FUSE_NOTIFY_RESEND (Linux 6.9): if the worker dies, what it is at fails"
             )
         options = mount.options
-        if options.strict and (missing or notes):
-            raise SetupError(f"strict: {'; '.join(missing + notes)}")  # noqa: TRY301 see below
+        if options.strict and notes:
+            raise SetupError(f"strict: {'; '.join(notes)}")  # noqa: TRY301 see below
         for text in notes:
             _tell(ready_fd, "note", text)
         format_region(fd, options.nr_pages, options.mem_limit, reserve=options.reserve)
@@ -370,38 +434,61 @@ def _tell(ready_fd: int, kind: str, text: str) -> None:
         complain(text)
 
 
+def _end_earlier(mount: Mount) -> None:
+    """End the worker of the program whose place this one has taken."""
+    with suppress(ProcessLookupError):
+        os.kill(mount.worker, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(mount.worker, 0)
+
+
 def serve(mount: Mount, ready_fd: int) -> int:
     """Run the daemon until the unmount; return its exit code.
 
-    SIGTERM and SIGINT unmount, if nobody uses the mount; under live swap they change nothing.
-    SIGHUP restarts with the installed program.
+    SIGTERM and SIGINT unmount; pages that are in swap come back before, and where there is no room
+    for them nothing changes. SIGHUP restarts with the installed program.
     """
     _be_called(NAME)
-    missing = worker.protect_memory()
+    for number in _FROM_TERMINALS:
+        signal.signal(number, signal.SIG_IGN)
+    missing = leave_harmful_cgroups() + worker.protect_memory(bring_in=mount.worker > 0)
+    memory_fd = worker.open_own_memory()
     keep_out_others()
     for fd in (mount.fuse_fd, mount.region_fd, ready_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)  # noqa: FBT003
-    if mount.worker:
-        with suppress(ProcessLookupError):
-            os.kill(mount.worker, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(mount.worker, 0)
-    else:
+    if not mount.worker:
         mount = replace(mount, region_fd=_new_region(mount, missing, ready_fd))
     gc.collect()
     gc.freeze()
     gc.disable()
-    return Supervisor(mount, ready_fd).run()
+    supervisor = Supervisor(mount, ready_fd, memory_fd)
+    if mount.worker:
+        # From here on nobody serves pages, and nothing may be waited for that is in swap.
+        _end_earlier(mount)
+    return supervisor.run()
 
 
-def _probe(region_fd: str, words: str) -> None:
-    """Exit with a line on standard error if a region or its options are not for this version."""
+def _parse(words: list[str]) -> tuple[Mount, int]:
+    """Return what ``Mount.command`` made the words of: the mount, and where to be ready."""
+    mountpoint, fuse_fd, ready_fd, options, *earlier = words
+    mount = Mount(Path(mountpoint), parse_options([options]), int(fuse_fd))
+    for word in earlier:
+        region_fd, process, restarts = map(int, word.split(","))
+        mount = replace(mount, region_fd=region_fd, worker=process, restarts=restarts)
+    return mount, int(ready_fd)
+
+
+def _try(words: list[str]) -> None:
+    """Say which version this is; or exit, where it cannot go on from what another one has."""
+    from . import __version__  # noqa: PLC0415 see there
+
     try:
-        probe_region(int(region_fd))
-        parse_options([words])
-    except (ZswapfsError, OSError) as error:
-        sys.exit(f"the installed version cannot go on from here: {error}")
+        mount, _ = _parse(words)
+        probe_region(mount.region_fd)
+    except (ZswapfsError, OSError, ValueError) as error:
+        sys.exit(f"version {__version__} cannot go on from here: {error}")
+    worker.write_line(2, f"version: {__version__}")
 
 
 def main() -> None:
@@ -409,17 +496,13 @@ def main() -> None:
     # Where it is ignored, which is inherited, nobody can wait for a worker.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if sys.argv[1] == _PROBE:
-        _probe(*sys.argv[2:])
+        _try(sys.argv[2:])
         return
-    mountpoint, fuse_fd, ready_fd, words, *earlier = sys.argv[1:]
+    ready_fd = int(sys.argv[3])
     try:
-        mount = Mount(Path(mountpoint), parse_options([words]), int(fuse_fd))
-        for word in earlier:
-            region_fd, process, restarts = map(int, word.split(","))
-            mount = replace(mount, region_fd=region_fd, worker=process, restarts=restarts)
-        code = serve(mount, int(ready_fd))
+        code = serve(*_parse(sys.argv[1:]))
     except (ZswapfsError, OSError) as error:
-        _tell(int(ready_fd), "error", str(error))
+        _tell(ready_fd, "error", str(error))
         code = 1
     sys.exit(code)
 

@@ -4,6 +4,7 @@ There is no state file. What is up is read from /proc/mounts, /sys/block and /pr
 step that was killed leaves nothing that the next one could not see.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -20,16 +21,21 @@ import click
 
 from .config import run_file
 from .errors import ConfigError, SetupError
+from .mount import FSTYPE, mount_source, proc_lines, unescape
+from .protect import cgroups_below, hierarchies
 
 TIMEOUT = 60
 """Seconds that any tool but swapoff may take."""
 LABEL = "zswapfs"
-FSTYPE = "fuse.zswapfs"
 SOURCE_UP = "zswapfs-up"
 """What /proc/mounts names a mount that ``up`` made: it may be taken down without a question."""
 SOURCE_MOUNT = "zswapfs"
 WAIT_FOR_LOCK = 60
 """Seconds."""
+SWAPOFF_PAUSE = 0.2
+"""Seconds."""
+_IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", FSTYPE})
+"""Filesystems whose files take memory, or swap."""
 _LIMIT_V1, _LIMIT_V2 = "memory.limit_in_bytes", "memory.max"
 
 
@@ -74,7 +80,8 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
     """Run a tool and return its output. Raises SetupError with its last line of complaint.
 
     Whatever interrupts it, the tool has ended before: some cannot be interrupted, and what they do
-    has to be known.
+    has to be known. A terminal's ^C does not reach the tool itself: that would end it also where
+    signals are ignored, to clean up.
     """
     tool = shutil.which(words[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if tool is None:
@@ -90,12 +97,15 @@ def run(*words: str, timeout: float | None = TIMEOUT) -> str:
                 text=True,
                 errors="surrogateescape",
                 pass_fds=_held_locks,
+                process_group=0,
+                env={**os.environ, "LC_ALL": "C"},  # or what it says could not be told apart
             )
         out, complaint = process.communicate(timeout=timeout)
     except BaseException as error:
         if process is not None:
             with signals_deferred():
-                process.kill()
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
                 process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise SetupError(f"{words[0]}: no answer in {timeout} s") from None
@@ -124,42 +134,42 @@ def signals_deferred() -> Iterator[None]:
             signal.raise_signal(which)
 
 
-def _unescape(word: bytes) -> str:
-    """Undo the octal escapes of /proc."""
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), word))
-
-
-def _lines(path: str) -> list[list[bytes]]:
-    """Return the words of a file that names paths, in which all but blank and tab may occur."""
-    lines = Path(path).read_bytes().split(b"\n")
-    return [re.split(rb"[ \t]+", line) for line in lines if line]
-
-
-def mount_source(mountpoint: Path) -> str | None:
-    """Return the source of the zswapfs that is mounted there, or None."""
-    source = None
-    for words in _lines("/proc/self/mounts"):
-        if _unescape(words[1]) == str(mountpoint):
-            source = _unescape(words[0]) if words[2] == FSTYPE.encode() else None
-    return source
-
-
 def active_swaps() -> list[Swap]:
     """Return what /proc/swaps lists."""
     swaps = []
-    for device, _, size, used, priority in _lines("/proc/swaps")[1:]:
-        swaps.append(Swap(_unescape(device), int(size) << 10, int(used) << 10, int(priority)))
+    for device, _, size, used, priority in proc_lines("/proc/swaps")[1:]:
+        swaps.append(Swap(unescape(device), int(size) << 10, int(used) << 10, int(priority)))
     return swaps
 
 
-def _is_on(device: str, file: Path) -> bool:
-    """Say whether a loop device is attached to ``file``."""
+def _backing_file(device: str) -> Path | None:
+    """Return the file that a loop device is attached to, or None."""
     backing = Path("/sys/block") / Path(device).name / "loop/backing_file"
     try:
         path = backing.read_bytes().removesuffix(b"\n").removesuffix(b" (deleted)")
     except OSError:
-        return False
-    return path == os.fsencode(file)
+        return None
+    return Path(os.fsdecode(path))
+
+
+def _is_on(device: str, file: Path) -> bool:
+    """Say whether a loop device is attached to ``file``."""
+    return _backing_file(device) == file
+
+
+def _filesystem_of(file: Path) -> str:
+    """Return the type of filesystem that a file is on, without a look at the file: it may hang."""
+    lines = proc_lines("/proc/self/mounts")
+    mounts = {Path(unescape(words[1])): words[2].decode() for words in lines}
+    return next((mounts[folder] for folder in file.parents if folder in mounts), "")
+
+
+def is_in_memory(device: str) -> bool:
+    """Say whether what is swapped to a device takes memory again."""
+    if re.fullmatch(r"/dev/z?ram\d+", device):
+        return True
+    file = _backing_file(device)
+    return file is not None and _filesystem_of(file) in _IN_MEMORY
 
 
 def loops_of(file: Path) -> list[str]:
@@ -217,7 +227,7 @@ def swap_on(device: str, priority: int) -> None:
 
 
 def available_bytes() -> int:
-    """Return what pages that come back from swap can use: memory, and other swap."""
+    """Return the memory that pages which come back from swap can use."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     values = {
         name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines)
@@ -243,38 +253,56 @@ def _group_at(limit_file: Path) -> Group:
 def groups_below(root: Path) -> list[Group]:
     """Return the memory cgroups at and below ``root``, of either version, that have a limit."""
     found = []
-    for name in (_LIMIT_V1, _LIMIT_V2):
-        for limit_file in sorted(root.rglob(name)):
-            # Gone by now (OSError), 'max' (ValueError), or with swap not accounted (OSError).
+    for group in cgroups_below(root):
+        for name in (_LIMIT_V1, _LIMIT_V2):
+            # Not this version's or gone by now (OSError), 'max' (ValueError), or with swap not
+            # accounted (OSError).
             with suppress(OSError, ValueError):
-                found.append(_group_at(limit_file))
+                found.append(_group_at(group / name))
     return found
 
 
-def _group_roots() -> Iterator[Path]:
-    for words in _lines("/proc/self/mounts"):
-        _, path, kind, options = words[:4]
-        if kind == b"cgroup2" or (kind == b"cgroup" and b"memory" in options.split(b",")):
-            yield Path(_unescape(path))
+def crowded_group(groups: list[Group], need: int, others: int) -> Group | None:
+    """Return a cgroup that has no room for its part of ``need`` bytes from swap, or None.
+
+    What a limit keeps out of memory goes to other swap, which has ``others`` bytes for all cgroups.
+    ``groups`` has each after those above it. What is kept out below a cgroup needs no room in it,
+    and all of them together keep out no more than comes.
+    """
+    kept_out: dict[Path, int] = {}
+    for group in reversed(groups):
+        below = sum(size for path, size in kept_out.items() if group.path in path.parents)
+        comes = min(group.swapped, need - sum(kept_out.values()) + below)
+        over = comes - below - group.room
+        if over > 0:
+            kept_out[group.path] = over
+        if sum(kept_out.values()) > others:
+            return group
+    return None
+
+
+def _free_in(swaps: list[Swap]) -> int:
+    return sum(swap.size - swap.used for swap in swaps)
 
 
 def _check_room(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
     mine = {swap.device for swap in swaps}
-    others = sum(swap.size - swap.used for swap in active_swaps() if swap.device not in mine)
+    others = [swap for swap in active_swaps() if swap.device not in mine]
     need = sum(swap.used for swap in swaps)
-    have = available_bytes() + others
+    have = available_bytes() + _free_in([x for x in others if not is_in_memory(x.device)])
     if need > have:
         raise SetupError(
             f"{mountpoint}: {need >> 20} MiB are in swap and only {have >> 20} MiB of memory "
             "are free to take them back; nothing was changed"
         )
-    for group in (group for root in _group_roots() for group in groups_below(root)):
-        if min(group.swapped, need) > group.room + others:
-            raise SetupError(
-                f"{mountpoint}: memory cgroup {group.path} has {group.swapped >> 20} MiB in swap "
-                f"and room for {max(group.room, 0) >> 20} MiB: its processes would be killed; "
-                "raise its limit; nothing was changed"
-            )
+    groups = [group for tree in hierarchies(Path("/")) for group in groups_below(tree.mount)]
+    # Swap in memory is as good as any to a cgroup's limit; that there is memory for it was seen to.
+    if group := crowded_group(groups, need, _free_in(others)):
+        raise SetupError(
+            f"{mountpoint}: memory cgroup {group.path} has {group.swapped >> 20} MiB in swap "
+            f"and room for {max(group.room, 0) >> 20} MiB: its processes would be killed; "
+            "raise its limit; nothing was changed"
+        )
 
 
 def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
@@ -288,7 +316,26 @@ def swap_off(mountpoint: Path, swaps: tuple[Swap, ...]) -> None:
     if any(swap.used for swap in swaps):
         _check_room(mountpoint, swaps)
     for swap in swaps:
-        run("swapoff", swap.device, timeout=None)
+        _swapoff(swap.device)
+
+
+def _swapoff(device: str) -> None:
+    """Turn a device off, or wait until another swapoff has: systemd's own, at shutdown.
+
+    While one is at work the device is listed as before, and for any other the kernel finds no such
+    swap (EINVAL). If that one fails, the next one here gets to work, or its own error.
+    """
+    while True:
+        try:
+            run("swapoff", device, timeout=None)
+        except SetupError as error:
+            if all(swap.device != device for swap in active_swaps()):
+                return
+            if not str(error).endswith(os.strerror(errno.EINVAL)):
+                raise
+        else:
+            return
+        time.sleep(SWAPOFF_PAUSE)
 
 
 def _wait_for_lock(fd: int, mountpoint: Path) -> None:

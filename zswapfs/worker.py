@@ -1,4 +1,8 @@
-"""One worker's life: lock memory, adopt the store, start the lanes, run pyfuse3 until unmount."""
+"""One worker's life: lock memory, adopt the store, start the lanes, run pyfuse3 until unmount.
+
+All that it needs is loaded by its supervisor, before the fork: the next worker must not depend on
+what a disk or an upgrade has meanwhile made of the installed files.
+"""
 
 import ctypes
 import fcntl
@@ -6,22 +10,24 @@ import gc
 import logging
 import os
 import re
+import select
 import socket
 import struct
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
+import pyfuse3
+import trio
+
+from . import compaction, filesystem
 from .config import Options
+from .mount import MAX_REQUEST_BYTES
 from .privileges import give_up_capabilities, keep_out_others
-from .protect import leave_limited_cgroup
 from .stats import Stats
 from .store import FuseSwitch, Store, SwitchOptions
 
-MAX_REQUEST_BYTES = 256 << 10
 SOCKET_BYTES = 4 << 20
 SWAP_INODE = 2
 
@@ -32,10 +38,8 @@ _BUFFERS = ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCV
 _M_ARENA_MAX = -8
 _FUSE_DEV_IOC_CLONE = 0x8004E500
 
-SETTLED_SECONDS = 10
-"""A second control plane that fails sooner than this is followed by none."""
-FAILED, FAILED_AGAIN = 1, 3
-"""Exit codes of a worker whose control plane has failed."""
+FAILED = 3
+"""Exit code of a worker whose control plane has failed."""
 
 TakeStats = Callable[[], Stats]
 
@@ -60,16 +64,25 @@ class _KernelLog(logging.Handler):
 
 
 def write_line(fd: int, line: str) -> None:
-    """Write to whoever listens; if nobody does, to nobody."""
-    with suppress(OSError):
-        os.write(fd, f"{line}\n".encode(errors="surrogateescape"))
+    """Write to whoever listens; to nobody if nobody does, or reads so late that it would wait."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if poll.poll(0):
+        with suppress(OSError):
+            os.write(fd, f"{line}\n".encode(errors="surrogateescape"))
 
 
-def protect_memory() -> list[str]:
-    """Keep the process out of the way of its own swap; return what could not be had."""
+def protect_memory(*, bring_in: bool = False) -> list[str]:
+    """Keep the process out of the way of its own swap; return what could not be had.
+
+    ``bring_in``: what is in swap already comes back now. Locking on fault leaves it there, and who
+    is about to end the worker that serves it would wait for it for ever.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
-    missing = leave_limited_cgroup()
+    missing = []
     libc.mallopt(_M_ARENA_MAX, 1)
+    if bring_in:
+        libc.mlockall(_MCL_CURRENT)
     if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
         missing.append(f"memory is not locked ({os.strerror(ctypes.get_errno())})")
     if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
@@ -94,24 +107,29 @@ def clone_fuse(fd: int) -> int:
     return clone
 
 
-class OwnMemory:
-    """What this process and its parent have resident besides the region.
+def open_own_memory() -> int:
+    """Return a descriptor of what this process has resident, or -1 without one.
 
-    Their files in /proc are opened here: later, without capabilities, the parent's could not be.
+    To be opened before others are kept out: they are kept out of this, too.
     """
+    try:
+        return os.open("/proc/self/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
-    def __init__(self) -> None:
-        self._files: list[FileIO] = []
-        for pid in ("self", os.getppid()):
-            with suppress(OSError):
-                self._files.append(FileIO(f"/proc/{pid}/smaps_rollup"))
+
+class OwnMemory:
+    """What processes have resident besides the region; each opened its descriptor itself."""
+
+    def __init__(self, *fds: int) -> None:
+        self._fds = [fd for fd in fds if fd >= 0]
 
     def total(self) -> int:
         """Return the sum of their proportional set sizes, in bytes: what they share counts once."""
         total = 0
-        for file in self._files:
+        for fd in self._fds:
             with suppress(OSError):
-                for line in os.pread(file.fileno(), 4096, 0).decode().splitlines():
+                for line in os.pread(fd, 4096, 0).decode().splitlines():
                     name, _, value = line.partition(":")
                     if name in ("Pss_Anon", "Pss_File"):
                         total += int(value.split()[0]) << 10
@@ -148,8 +166,10 @@ class Job:
     fuse_fd: int
     region_fd: int
     says_fd: int
-    """Gets lines: ``note: ...`` for each protection that could not be had, ``serving`` when pages
-    are served, ``ready`` when the names are there, too; ``error: ...``."""
+    """Gets lines: ``serving`` when pages are served, ``ready`` when the names are there, too;
+    ``error: ...``."""
+    memory_fd: int
+    """The supervisor's ``open_own_memory``."""
     restarts: int
     """Workers that were there before."""
     names: bool = True
@@ -167,12 +187,6 @@ def _control_plane(
 
     ``fds``: pyfuse3's end of the socket (-1: there shall be no pyfuse3), and the switch's eventfd.
     """
-    import pyfuse3  # noqa: PLC0415 the lanes serve already while these load
-    import trio  # noqa: PLC0415
-
-    from .compaction import compaction_task  # noqa: PLC0415
-    from .filesystem import Filesystem  # noqa: PLC0415
-
     socket_fd, end_fd = fds
 
     async def announce() -> None:
@@ -185,16 +199,16 @@ def _control_plane(
 
     async def compact() -> None:
         try:
-            await compaction_task(store, job.options)
+            await compaction.compaction_task(store, job.options)
         except Exception:
             # A policy is no reason to lose the mount's names and statistics.
             log.exception("compaction has ended; '.compact' still works")
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(announce)
             nursery.start_soon(compact)
             if socket_fd >= 0:
+                nursery.start_soon(announce)
                 nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(end_fd)
             if socket_fd >= 0:
@@ -204,8 +218,8 @@ def _control_plane(
     if socket_fd < 0:
         trio.run(main)
         return
-    filesystem = Filesystem(store, take_stats, job.restarts)
-    pyfuse3.init(filesystem, f"/dev/fd/{socket_fd}", set())
+    operations = filesystem.Filesystem(store, take_stats, job.restarts)
+    pyfuse3.init(operations, f"/dev/fd/{socket_fd}", set())
     try:
         trio.run(main)
     finally:
@@ -238,18 +252,16 @@ def _start_switch(store: Store, job: Job, fds: tuple[int, int, int, int]) -> Fus
 def run(job: Job) -> int:
     """Serve one mount until it is unmounted; return 0 then.
 
-    Returns FAILED or FAILED_AGAIN when the control plane has failed: what it has not answered can
-    be answered by the next worker only. Raises whatever keeps pages from being served.
+    Returns FAILED when the control plane has failed: what it has not answered can be answered by
+    the next worker only. Raises whatever keeps pages from being served.
     """
+    protect_memory()
     _start_log()
-    missing = protect_memory()
-    if missing:
-        job.say(f"note: {'; '.join(missing)}")
     fuse_fd = job.fuse_fd if has_resend() else clone_fuse(job.fuse_fd)
     ours, theirs = _pair()
     end_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     latency_fd = _latency_fd() if job.options.awake else -1
-    memory = OwnMemory()
+    memory = OwnMemory(job.memory_fd, open_own_memory())
     keep_out_others()
     give_up_capabilities()
 
@@ -258,7 +270,6 @@ def run(job: Job) -> int:
     store = Store.adopt(job.region_fd)
     switch = _start_switch(store, job, (fuse_fd, ours.fileno(), end_fd, latency_fd))
     job.say("serving")
-    began = time.monotonic()
     socket_fd = theirs.detach() if job.names else -1
 
     def take_stats() -> Stats:
@@ -270,8 +281,7 @@ def run(job: Job) -> int:
         if not switch.ready and not job.restarts:
             raise
         log.exception("the control plane ended")
-        again = job.restarts > 0 and time.monotonic() - began < SETTLED_SECONDS
-        return FAILED_AGAIN if again else FAILED
+        return FAILED
     switch.join()
     store.close()
     return 0

@@ -45,6 +45,7 @@ static void check(struct world *w)
 
 static void allocate(struct world *w, uint32_t n, uint32_t bytes)
 {
+	struct region_patience patience = {0};
 	struct held *held = &w->held[n];
 	int rv;
 
@@ -52,7 +53,7 @@ static void allocate(struct world *w, uint32_t n, uint32_t bytes)
 		arena_lock(&w->arena);
 		rv = arena_alloc(&w->arena, bytes, n, false, &held->place);
 		arena_unlock(&w->arena);
-	} while (rv == -EAGAIN && region_wait_ready(w->region, false) == 0);
+	} while (rv == -EAGAIN && !region_wait_ready(w->region, false, &patience));
 	require(rv == 0 || rv == -ENOSPC, "arena_alloc() gives room or says that there is none");
 	if (rv)
 		return;

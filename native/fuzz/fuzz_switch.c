@@ -124,8 +124,8 @@ static void serve(struct fuse_switch *sw, size_t nr)
 	request_parse(sw, buffer->message, nr, r);
 	if (r->kind == REQUEST_WRITE)
 		memcpy(payload, buffer->message + PAYLOAD_AT, r->length);
-	request_is_long(r);
-	request_serve(sw, buffer);
+	request_is_long(sw, r);
+	request_serve(&sw->lanes[0], buffer);
 	got = answered(r->unique, answer, sizeof(answer));
 	/* Who waits gets one answer, here or by pyfuse3. */
 	if (r->kind == REQUEST_FORWARD || r->kind == REQUEST_DROP)

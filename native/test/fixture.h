@@ -90,6 +90,11 @@ static inline struct store_stats stats_of(struct store *store)
 	return stats;
 }
 
+static inline int wait_ready(struct region *region, bool compacting)
+{
+	return region_wait_ready(region, compacting, &(struct region_patience){0});
+}
+
 static inline uint64_t now_ns(void)
 {
 	struct timespec t;

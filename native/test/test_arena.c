@@ -7,6 +7,7 @@
 #include "block.h"
 
 #define MAX_BLOCKS 600
+#define RESERVE 4 /* chunks */
 
 struct piece {
 	uint64_t place;
@@ -24,11 +25,25 @@ struct fixture {
 	uint32_t nr_made;
 };
 
+/* Have the first chunks come in rising order, however the reserve was filled. */
+static void order_reserve(struct region *region)
+{
+	uint32_t chunks[RESERVE], nr = 0;
+
+	region_replenish(region);
+	while (nr < RESERVE && !region_take_chunk(region, false, &chunks[nr]))
+		nr++;
+	for (uint32_t c = RESERVE; c-- > 0;)
+		for (uint32_t i = 0; i < nr; i++)
+			if (chunks[i] == c)
+				region_give_chunk(region, c);
+}
+
 static void open_arena(struct fixture *f, uint32_t chunk_bytes, uint64_t mem_limit)
 {
 	struct store_options options = {.nr_pages = 4096,
 					.mem_limit = mem_limit,
-					.reserve_bytes = 4 * chunk_bytes,
+					.reserve_bytes = RESERVE * chunk_bytes,
 					.chunk_bytes = chunk_bytes};
 	struct region *region;
 
@@ -36,6 +51,7 @@ static void open_arena(struct fixture *f, uint32_t chunk_bytes, uint64_t mem_lim
 	f->fd = open_memory();
 	assert_int_equal(region_format(f->fd, &options), 0);
 	assert_int_equal(region_map(&region, f->fd), 0);
+	order_reserve(region);
 	assert_int_equal(region_start_keeper(region), 0);
 	assert_int_equal(arena_init(&f->arena, region), 0);
 }
@@ -63,7 +79,7 @@ static int try_alloc(struct fixture *f, uint32_t bytes, uint32_t owner, bool com
 		arena_lock(&f->arena);
 		rv = arena_alloc(&f->arena, bytes, owner, compacting, place);
 		arena_unlock(&f->arena);
-	} while (rv == -EAGAIN && !region_wait_ready(f->arena.region, compacting));
+	} while (rv == -EAGAIN && !wait_ready(f->arena.region, compacting));
 	return rv;
 }
 

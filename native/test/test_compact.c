@@ -184,6 +184,115 @@ static void test_compaction_at_the_limit(void **state)
 	}
 }
 
+/* Take up to @nr chunks. Return: how many the limit allows. */
+static uint32_t take_chunks(struct region *region, bool compacting, uint32_t nr)
+{
+	uint32_t taken = 0;
+	uint32_t chunk;
+	int rv;
+
+	while (taken < nr) {
+		rv = region_take_chunk(region, compacting, &chunk);
+		if (rv == -ENOSPC)
+			break;
+		if (rv == -EAGAIN)
+			region_replenish(region);
+		else
+			taken++;
+	}
+	return taken;
+}
+
+static void give_chunks(struct region *region, uint32_t nr, uint8_t flags)
+{
+	for (uint32_t c = 0; nr && c < region_nr_touched(region); c++) {
+		if (region->chunks[c].state != CHUNK_USED)
+			continue;
+		region->chunks[c].flags = flags;
+		region_give_chunk(region, c);
+		nr--;
+	}
+}
+
+/* However near the limit is: a round can have its budget, and half of what writers could take
+ * before it they can take meanwhile. What it gives back is not theirs before it ends, and never the
+ * spare ones. */
+static void a_round_leaves_chunks_to_writers(uint32_t room)
+{
+	enum { NR_CHUNKS = 100, SPARE = 8 };
+	int fd = open_memory();
+	struct store *store = open_store(fd, NR_PAGES, 65536, NR_CHUNKS * 65536, NR_CHUNKS * 65536);
+	struct region *region = store->region;
+	uint32_t used = NR_CHUNKS - room;
+	uint32_t budget, share;
+
+	assert_int_equal(take_chunks(region, false, used), used);
+	region_replenish(region);
+	region_hold(region, 64);
+	budget = region_compaction_budget(region);
+	assert_in_range(budget, room / 2, SPARE + (room - SPARE) / 2);
+	share = take_chunks(region, false, 1);
+	share += take_chunks(region, true, budget) - budget;
+	share += take_chunks(region, false, NR_CHUNKS);
+	assert_int_equal(share, room - (budget < SPARE ? SPARE : budget));
+	assert_in_range(share, (room - SPARE) / 2, room);
+	give_chunks(region, budget, CHUNK_ISOLATED);
+	assert_int_equal(take_chunks(region, false, NR_CHUNKS), 0);
+	region_end_round(region);
+	region_hold(region, 0);
+	used += share + take_chunks(region, false, NR_CHUNKS);
+	assert_int_equal(used, NR_CHUNKS - SPARE);
+	give_chunks(region, used, 0);
+	assert_sound(store);
+	store_destroy(store);
+	close(fd);
+}
+
+static void test_a_round_leaves_chunks_to_writers(void **state)
+{
+	(void)state;
+	for (uint32_t room = 9; room <= 100; room++)
+		a_round_leaves_chunks_to_writers(room);
+}
+
+static struct scene *churned;
+static uint64_t nr_churns;
+
+/* What others may do while compaction runs, between two rounds. */
+void __real_region_settle(struct region *region);
+void __wrap_region_settle(struct region *region);
+void __wrap_region_settle(struct region *region)
+{
+	__real_region_settle(region);
+	if (!churned || nr_churns++ > 200)
+		return;
+	for (uint64_t i = 0; i < NR_PAGES; i++)
+		if (!churned->seeds[i])
+			assert_true(scene_write(churned, i));
+	discard_share(churned, 40);
+}
+
+/* Each round leaves something to win. */
+static void test_compaction_ends_among_writes_and_frees(void **state)
+{
+	static struct scene s;
+	struct store_stats before;
+
+	(void)state;
+	scene_open(&s, 65536, 0);
+	fill(&s);
+	discard_share(&s, 40);
+	before = stats_of(s.store);
+	churned = &s;
+	nr_churns = 0;
+	assert_true(store_compact(s.store, UINT64_MAX) > 0);
+	churned = NULL;
+	assert_in_range(nr_churns, 2, 1 + before.free_bytes / 65536);
+	assert_sound(s.store);
+	assert_content(&s, NR_PAGES);
+	scene_close(&s);
+}
+
 /* A page that another thread holds is left where it is. */
 static void test_busy_pages_are_skipped(void **state)
 {
@@ -283,6 +392,39 @@ static void test_damage_does_not_stop_compaction(void **state)
 	damage_is_no_obstacle(damage_prev);
 }
 
+/* More blocks than one round notes, in chunks that say that they hold one each. */
+static void test_damaged_counts_are_not_believed(void **state)
+{
+	enum { NR_SMALL = 60000, MAX_MOVES = 32768 };
+	int fd = open_memory();
+	struct store *store = open_store(fd, NR_SMALL, 65536, 0, 4 * MIB);
+	uint8_t got[PAGE_BYTES];
+
+	(void)state;
+	for (uint64_t i = 0; i < NR_SMALL; i++) {
+		make_page(page, PAGE_ALMOST_SAME, i);
+		assert_int_equal(store_write(store, i, 1, page), 1);
+	}
+	for (uint64_t i = 0; i < NR_SMALL; i += 5)
+		assert_int_equal(store_discard(store, i, 2), 2);
+	for (uint32_t c = 0; c < region_nr_touched(store->region); c++)
+		if (store->region->chunks[c].state == CHUNK_USED)
+			store->region->chunks[c].nr_blocks = 1;
+	store_compact(store, 1);
+	assert_in_range(stats_of(store).pages_compacted, MAX_MOVES / 2, MAX_MOVES);
+	assert_int_equal(store_rebuild(store), 0);
+	assert_sound(store);
+	for (uint64_t i = 0; i < NR_SMALL; i++) {
+		memset(page, 0, PAGE_BYTES);
+		if (i % 5 >= 2)
+			make_page(page, PAGE_ALMOST_SAME, i);
+		assert_int_equal(store_read(store, i, 1, got), 1);
+		assert_memory_equal(got, page, PAGE_BYTES);
+	}
+	store_destroy(store);
+	close(fd);
+}
+
 /* An empty store, one page, only raw pages, only same-filled ones. */
 static void test_nothing_to_win(void **state)
 {
@@ -312,8 +454,11 @@ int main(void)
 		cmocka_unit_test(test_freed_memory_comes_back),
 		cmocka_unit_test(test_compaction_in_parts),
 		cmocka_unit_test(test_compaction_at_the_limit),
+		cmocka_unit_test(test_a_round_leaves_chunks_to_writers),
+		cmocka_unit_test(test_compaction_ends_among_writes_and_frees),
 		cmocka_unit_test(test_busy_pages_are_skipped),
 		cmocka_unit_test(test_damage_does_not_stop_compaction),
+		cmocka_unit_test(test_damaged_counts_are_not_believed),
 		cmocka_unit_test(test_nothing_to_win),
 	};
 

@@ -87,6 +87,17 @@ static void assert_old_or_new(struct scene *s, struct store *copy)
 	}
 }
 
+/* The word table holds what slots name, and nothing else. */
+static void assert_words_named(const struct store *store)
+{
+	for (uint64_t at = 0; at < 2 * NR_PAGES; at++) {
+		uint64_t word = store->region->slots[at / 2];
+
+		if (!slot_has_word(word) || slot_word_at(at / 2, slot_state(word)) != at)
+			assert_int_equal(store->region->words[at], 0);
+	}
+}
+
 /* The worker dies here. */
 static void die(void *arg)
 {
@@ -100,6 +111,7 @@ static void die(void *arg)
 	assert_int_equal(store_adopt(&copy, s->copy_fd), 0);
 	assert_sound(copy);
 	assert_old_or_new(s, copy);
+	assert_words_named(copy);
 	if (s->nr_copies % 4 == 0) {
 		store_compact(copy, UINT64_MAX);
 		assert_true(store_discard(copy, 0, NR_PAGES) >= 0);

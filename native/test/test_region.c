@@ -2,98 +2,7 @@
  *
  * Tests of region.c: layout, reserve, limit, what goes back to the OS, and calls that fail.
  */
-#include "fixture.h"
-#include "seam.h"
-
-#define CHUNK (64 * KIB)
-
-struct fixture {
-	int fd;
-	struct region *region;
-};
-
-static struct region *open_region(struct fixture *f, uint64_t nr_pages, uint32_t chunk_bytes,
-				  uint64_t mem_limit, uint64_t reserve_bytes)
-{
-	struct store_options options = {.nr_pages = nr_pages,
-					.mem_limit = mem_limit,
-					.reserve_bytes = reserve_bytes,
-					.chunk_bytes = chunk_bytes};
-
-	f->fd = open_memory();
-	assert_int_equal(region_format(f->fd, &options), 0);
-	assert_int_equal(region_map(&f->region, f->fd), 0);
-	assert_int_equal(region_start_keeper(f->region), 0);
-	return f->region;
-}
-
-static void close_region(struct fixture *f)
-{
-	region_destroy(f->region);
-	close(f->fd);
-	seam_reset();
-}
-
-static uint32_t nr_ready(struct region *region)
-{
-	uint32_t nr;
-
-	pthread_mutex_lock(&region->lock);
-	nr = region->nr_ready;
-	pthread_mutex_unlock(&region->lock);
-	return nr;
-}
-
-/* Wait until the keeper has populated @nr chunks. */
-static void await_ready(struct region *region, uint32_t nr)
-{
-	uint64_t end = now_ns() + 10000000000;
-
-	while (nr_ready(region) < nr) {
-		assert_true(now_ns() < end);
-		usleep(200);
-	}
-}
-
-static uint64_t resident(const struct fixture *f)
-{
-	struct stat st;
-
-	assert_int_equal(fstat(f->fd, &st), 0);
-	return (uint64_t)st.st_blocks * 512;
-}
-
-static uint32_t take(struct region *region)
-{
-	uint32_t c;
-	int rv;
-
-	while ((rv = region_take_chunk(region, false, &c)) == -EAGAIN)
-		assert_int_equal(region_wait_ready(region, false), 0);
-	assert_int_equal(rv, 0);
-	return c;
-}
-
-static char *chunk_bytes_of(struct region *region, uint32_t c)
-{
-	return (char *)region->arena + (uint64_t)c * region->chunk_bytes;
-}
-
-/* Like a chunk that the arena used: not zero meanwhile, zero when it goes back. */
-static void use(struct region *region, uint32_t c)
-{
-	char *bytes = chunk_bytes_of(region, c);
-
-	for (uint32_t i = 0; i < region->chunk_bytes; i++)
-		assert_int_equal(bytes[i], 0);
-	memset(bytes, 0xa5, region->chunk_bytes);
-}
-
-static void give(struct region *region, uint32_t c)
-{
-	memset(chunk_bytes_of(region, c), 0, region->chunk_bytes);
-	region_give_chunk(region, c);
-}
+#include "region_fixture.h"
 
 /* The file is nameless and ours alone. */
 static void test_memory_has_no_name(void **state)
@@ -111,6 +20,31 @@ static void test_memory_has_no_name(void **state)
 	assert_true(fcntl(fd, F_GETFD) & FD_CLOEXEC);
 	if (flags & REGION_NOSWAP)
 		assert_int_equal(st.st_mode & 0777, 0600);
+	close(fd);
+}
+
+/* Memory comes and goes in single pages, whatever the machine's default is. */
+static void test_memory_is_in_small_pages(void **state)
+{
+	const size_t bytes = 8 * MIB;
+	int fd = open_memory();
+	struct stat st;
+	char *memory;
+
+	(void)state;
+	assert_int_equal(ftruncate(fd, (off_t)bytes), 0);
+	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	assert_ptr_not_equal(memory, MAP_FAILED);
+	memory[4 * MIB] = 1;
+	assert_int_equal(fstat(fd, &st), 0);
+	assert_int_equal(st.st_blocks * 512, PAGE_BYTES);
+	assert_int_equal(pwrite(fd, memory, 4 * MIB, 0), 4 * MIB);
+	assert_int_equal(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, PAGE_BYTES,
+				   4 * MIB - PAGE_BYTES),
+			 0);
+	assert_int_equal(fstat(fd, &st), 0);
+	assert_int_equal(st.st_blocks * 512, 2 * PAGE_BYTES);
+	munmap(memory, bytes);
 	close(fd);
 }
 
@@ -297,6 +231,30 @@ static void test_exhausted_reserve_is_refilled(void **state)
 	close_region(&f);
 }
 
+/* The chunk table's next page is there before the first of its chunks is touched, and no other. */
+static void test_chunk_table_is_populated_ahead(void **state)
+{
+	const uint32_t each = PAGE_BYTES / sizeof(struct chunk);
+	struct region *region;
+	struct fixture f;
+
+	(void)state;
+	region = open_region(&f, 1000000, CHUNK, 0, 4 * CHUNK);
+	for (uint32_t page = 1; page < 4; page++) {
+		off_t next = (off_t)(region->geometry.chunk_off + page * PAGE_BYTES);
+
+		while (region_nr_touched(region) < page * each) {
+			if (region_nr_touched(region) < page * each - each / 2)
+				assert_int_not_equal(lseek(f.fd, next, SEEK_DATA), next);
+			take(region);
+			region_replenish(region);
+		}
+		assert_int_equal(region_nr_touched(region), page * each);
+		assert_int_equal(lseek(f.fd, next, SEEK_DATA), next);
+	}
+	close_region(&f);
+}
+
 /* The limit holds for chunks in use and the reserve together; the spare is compaction's. */
 static void test_limit_covers_the_reserve(void **state)
 {
@@ -310,7 +268,7 @@ static void test_limit_covers_the_reserve(void **state)
 		uint64_t arena, tables, reserve;
 
 		rv = region_take_chunk(f.region, false, &chunks[nr]);
-		if (rv == -EAGAIN && !region_wait_ready(f.region, false))
+		if (rv == -EAGAIN && !wait_ready(f.region, false))
 			rv = region_take_chunk(f.region, false, &chunks[nr]);
 		if (rv)
 			break;
@@ -369,71 +327,6 @@ static void test_punched_chunk_comes_back(void **state)
 	close_region(&f);
 }
 
-/* While the OS has no memory, taking fails cleanly; as soon as it has some, it goes on. */
-static void test_failed_populate_is_enospc_until_it_works(void **state)
-{
-	struct fixture f;
-	uint32_t c, nr = 0;
-	int rv;
-
-	(void)state;
-	open_region(&f, 100000, CHUNK, 0, 4 * CHUNK);
-	await_ready(f.region, 4);
-	seam_set(&populate_seam, 0, 1 << 30, ENOSPC);
-	while ((rv = region_take_chunk(f.region, false, &c)) == 0)
-		nr++;
-	assert_int_equal(rv, -EAGAIN);
-	assert_int_equal(nr, 4);
-	for (int i = 0; i < 20; i++) {
-		assert_int_equal(region_wait_ready(f.region, false), -ENOSPC);
-		assert_int_equal(region_take_chunk(f.region, false, &c), -EAGAIN);
-	}
-	seam_reset();
-	assert_int_equal(region_wait_ready(f.region, false), 0);
-	use(f.region, take(f.region));
-	close_region(&f);
-}
-
-struct waiter {
-	struct region *region;
-	_Atomic int rv;
-};
-
-static void *wait_for_chunk(void *arg)
-{
-	struct waiter *w = arg;
-
-	w->rv = region_wait_ready(w->region, false);
-	return NULL;
-}
-
-/* Whoever waits for the keeper takes a chunk that somebody gives back meanwhile. */
-static void test_given_chunk_ends_the_wait(void **state)
-{
-	struct fixture f;
-	struct waiter w;
-	pthread_t thread;
-	uint32_t c;
-
-	(void)state;
-	w.region = open_region(&f, 100000, CHUNK, 0, CHUNK);
-	w.rv = 1;
-	c = take(f.region);
-	await_ready(f.region, 1);
-	pthread_mutex_lock(&f.region->keeping); /* the keeper can do nothing */
-	take(f.region);
-	pthread_create(&thread, NULL, wait_for_chunk, &w);
-	usleep(20000);
-	assert_int_equal(w.rv, 1);
-	give(f.region, c);
-	for (int i = 0; i < 2000 && w.rv == 1; i++)
-		usleep(1000);
-	assert_int_equal(w.rv, 0);
-	pthread_mutex_unlock(&f.region->keeping);
-	pthread_join(thread, NULL);
-	close_region(&f);
-}
-
 /* The Nth populate fails, for each N: nothing is lost, nothing is counted twice. */
 static void test_each_failed_populate_is_survived(void **state)
 {
@@ -450,7 +343,7 @@ static void test_each_failed_populate_is_survived(void **state)
 
 			assert_true(tries < 1000);
 			if (rv == -EAGAIN)
-				region_wait_ready(f.region, false);
+				wait_ready(f.region, false);
 			else if (!rv)
 				use(f.region, chunks[nr++]);
 		}
@@ -528,53 +421,11 @@ static void test_failed_punch_keeps_the_limit(void **state)
 	close_region(&f);
 }
 
-/* Chunks that a dead process was filling hold no content when they are had again, even where the
- * OS does not take them back. */
-static void reset_forgets_unused_chunks(bool punch_fails)
-{
-	struct fixture f;
-	struct region *again;
-	uint32_t keep[8];
-	uint32_t nr_chunks;
-
-	open_region(&f, 100000, CHUNK, 0, 4 * CHUNK);
-	for (int i = 0; i < 16; i++) {
-		uint32_t c = take(f.region);
-
-		use(f.region, c);
-		if (i % 2)
-			keep[i / 2] = c;
-		else
-			f.region->chunks[c].state = CHUNK_HOLE; /* as rebuild does */
-	}
-	nr_chunks = region_nr_touched(f.region);
-	region_destroy(f.region);
-	assert_int_equal(region_map(&again, f.fd), 0);
-	seam_set(&punch_seam, 0, punch_fails ? 1 << 30 : 0, ENOMEM);
-	pthread_mutex_lock(&again->keeping);
-	region_reset_chunks(again, nr_chunks);
-	pthread_mutex_unlock(&again->keeping);
-	assert_int_equal(again->nr_used, 8);
-	f.region = again;
-	assert_int_equal(region_start_keeper(again), 0);
-	for (int i = 0; i < 8; i++)
-		assert_int_equal(chunk_bytes_of(again, keep[i])[CHUNK - 1], (char)0xa5);
-	for (int i = 0; i < 40; i++)
-		use(again, take(again));
-	close_region(&f);
-}
-
-static void test_reset_forgets_unused_chunks(void **state)
-{
-	(void)state;
-	reset_forgets_unused_chunks(false);
-	reset_forgets_unused_chunks(true);
-}
-
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_memory_has_no_name),
+		cmocka_unit_test(test_memory_is_in_small_pages),
 		cmocka_unit_test(test_bad_options_are_refused),
 		cmocka_unit_test(test_layout_holds_the_tables),
 		cmocka_unit_test(test_other_files_are_not_mapped),
@@ -582,16 +433,14 @@ int main(void)
 		cmocka_unit_test(test_reserve_is_populated_ahead),
 		cmocka_unit_test(test_surplus_goes_back),
 		cmocka_unit_test(test_exhausted_reserve_is_refilled),
+		cmocka_unit_test(test_chunk_table_is_populated_ahead),
 		cmocka_unit_test(test_limit_covers_the_reserve),
 		cmocka_unit_test(test_one_chunk_is_enough),
 		cmocka_unit_test(test_punched_chunk_comes_back),
-		cmocka_unit_test(test_failed_populate_is_enospc_until_it_works),
-		cmocka_unit_test(test_given_chunk_ends_the_wait),
 		cmocka_unit_test(test_each_failed_populate_is_survived),
 		cmocka_unit_test(test_interrupted_calls_are_repeated),
 		cmocka_unit_test(test_without_populate_advice),
 		cmocka_unit_test(test_failed_punch_keeps_the_limit),
-		cmocka_unit_test(test_reset_forgets_unused_chunks),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

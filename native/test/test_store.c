@@ -357,7 +357,7 @@ static void test_untouched_pages_cost_nothing(void **state)
 
 	(void)state;
 	assert_int_equal(store_read(store, 0, 1, buffer), 1);
-	assert_int_equal(region_wait_ready(store->region, false), 0);
+	assert_int_equal(wait_ready(store->region, false), 0);
 	before = stats_of(store).table_bytes;
 	for (int i = 0; i < 3000; i++) {
 		uint64_t index = random_below(&seed, nr_pages - 64);

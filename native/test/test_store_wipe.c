@@ -9,7 +9,7 @@
 #define MARKER "zswapfs-marker-5b1e77a2c94d"
 #define MARKER_BYTES (sizeof(MARKER) - 1)
 
-static uint8_t page[PAGE_BYTES];
+static uint8_t page[PAGE_BYTES], before[PAGE_BYTES];
 
 /* In the part of the region that is there? */
 static bool region_holds(const struct region *region, const void *what, size_t bytes)
@@ -183,6 +183,39 @@ static void test_refused_pages_are_gone(void **state)
 {
 	(void)state;
 	with_each(refused);
+}
+
+/* A word that was on its way into the word table, or out of it, when a process died. */
+static void test_words_of_the_dead_are_gone(void **state)
+{
+	const uint64_t word = 0xf1e2d3c4b5a69788;
+	int fd = open_memory();
+	struct store *store = open_store(fd, 100000, 65536, 0, 0);
+	uint64_t tables;
+
+	(void)state;
+	write_plain(store, 3, PAGE_WORD_64);
+	write_plain(store, 4, PAGE_TEXT);
+	write_plain(store, 90000, PAGE_TEXT);
+	memcpy(before, page, PAGE_BYTES);
+	for (uint64_t at = 6; at <= 11; at++)
+		if (at != slot_word_at(3, slot_state(store->region->slots[3])))
+			store->region->words[at] = word;
+	assert_true(is_found(store, &word, sizeof(word)));
+	region_replenish(store->region);
+	tables = stats_of(store).table_bytes;
+	store_destroy(store);
+	assert_int_equal(store_adopt(&store, fd), 0);
+	assert_false(is_found(store, &word, sizeof(word)));
+	/* Neighbours have words now. */
+	assert_true(store->region->words_used);
+	assert_int_equal(store_read(store, 90000, 1, page), 1);
+	assert_memory_equal(page, before, PAGE_BYTES);
+	assert_sound(store);
+	/* No page of the tables was touched for that. */
+	assert_int_equal(stats_of(store).table_bytes, tables);
+	store_destroy(store);
+	close(fd);
 }
 
 /* The word of a same-filled page, in the slot or in the word table. */
@@ -368,6 +401,7 @@ int main(void)
 		cmocka_unit_test(test_moved_pages_are_gone),
 		cmocka_unit_test(test_refused_pages_are_gone),
 		cmocka_unit_test(test_repeated_words_are_gone),
+		cmocka_unit_test(test_words_of_the_dead_are_gone),
 		cmocka_unit_test(test_secrets_are_nowhere_in_the_process),
 		cmocka_unit_test(test_orphans_are_gone_after_rebuild),
 	};

@@ -4,7 +4,27 @@
  */
 #define _GNU_SOURCE
 #include "fake_kernel.h"
+#include "pages.h"
 #include "store.h"
+
+#ifndef HAS_TSAN	 /* it would not see what poll() orders */
+#define WIPE_AFTER_MS 10 /* nobody else waits that long */
+
+/* The next so many polls of a lane that has content in its buffers see a request that is taken
+ * back before it is read. */
+static _Atomic int polls_mistaken;
+
+int poll(struct pollfd *fds, nfds_t nr, int ms)
+{
+	struct timespec t = {ms / 1000, ms % 1000 * 1000000L};
+
+	if (ms == WIPE_AFTER_MS && atomic_load(&polls_mistaken) > 0) {
+		atomic_fetch_sub(&polls_mistaken, 1);
+		return 1;
+	}
+	return ppoll(fds, nr, ms < 0 ? NULL : &t, NULL);
+}
+#endif
 
 /* Post a write of 16 pages; return its unique. */
 static uint64_t post_long_write(struct world *w, uint64_t offset)
@@ -89,6 +109,59 @@ static void test_a_full_backlog_is_emptied(void **state)
 	}
 }
 
+/* Have the keeper stand still, and no chunk READY. Return: how many were. */
+static uint32_t take_reserve(struct region *region, uint32_t chunks[], uint32_t max)
+{
+	uint32_t nr = 0;
+
+	pthread_mutex_lock(&region->keeping);
+	while (!region_take_chunk(region, false, &chunks[nr]))
+		assert_true(++nr < max);
+	return nr;
+}
+
+/* A write of a page, of a part of one, or a punch of parts of two. */
+static void post_short(struct world *w, uint32_t i)
+{
+	const uint32_t mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+
+	if (i == 2)
+		make_fallocate(w, SWAP, PAGE_BYTES - 1, 2, mode);
+	else
+		make_write(w, 0, i ? 100 : PAGE_BYTES, pattern);
+	post(w);
+}
+
+/* Short requests may have to wait for the keeper; others do not wait for them. */
+static void test_reads_go_on_when_no_chunk_is_ready(void **state)
+{
+	enum { FULL_CHUNK_BYTES = STORE_MAX_CHUNK_BYTES / PAGE_BYTES * PAGE_BYTES - PAGE_BYTES };
+	uint32_t chunks[64];
+	uint64_t seed = 1;
+	struct world w;
+
+	(void)state;
+	for (uint32_t i = 0; i < 3; i++) {
+		uint32_t nr;
+
+		start_with(&w, 2, 0);
+		/* No room for another raw page in this chunk. */
+		fill_random(pattern, FULL_CHUNK_BYTES, &seed);
+		assert_int_equal(write_at(&w, 0, FULL_CHUNK_BYTES, pattern), FULL_CHUNK_BYTES);
+		nr = take_reserve(w.store->region, chunks, ARRAY_SIZE(chunks));
+		post_short(&w, i);
+		assert_false(readable(w.kernel, 20));
+		make_read(&w, 8 * PAGE_BYTES, PAGE_BYTES);
+		assert_int_equal(ask(&w), 0);
+		pthread_mutex_unlock(&w.store->region->keeping);
+		receive(w.kernel);
+		assert_int_equal(got.out.error, 0);
+		while (nr--)
+			region_give_chunk(w.store->region, chunks[nr]);
+		stop(&w);
+	}
+}
+
 #ifndef HAS_TSAN /* it looks at memory that lanes use */
 static bool holds_marker(const struct fuse_switch *sw, const uint8_t marker[16])
 {
@@ -115,6 +188,27 @@ static void test_buffers_keep_nothing(void **state)
 	assert_int_equal(read_at(&w, PAGE_BYTES, PAGE_BYTES), PAGE_BYTES);
 	for (tries = 0; tries < 200 && holds_marker(w.sw, marker); tries++)
 		usleep(10000);
+	assert_false(holds_marker(w.sw, marker));
+	stop(&w);
+}
+
+/* A task that is killed takes its request back, between poll() and read(). */
+static void test_buffers_keep_nothing_when_a_request_is_taken_back(void **state)
+{
+	uint8_t marker[16];
+	struct world w;
+	int tries = 0;
+
+	(void)state;
+	start_with(&w, 3, 0);
+	for (uint32_t i = 0; i < sizeof(pattern); i++)
+		pattern[i] = (uint8_t)(i % 16 * 17 + 29);
+	memcpy(marker, pattern, sizeof(marker));
+	atomic_store(&polls_mistaken, 1);
+	assert_int_equal(write_at(&w, 0, REQUEST_BYTES, pattern), REQUEST_BYTES);
+	for (; tries < 200 && (atomic_load(&polls_mistaken) || holds_marker(w.sw, marker)); tries++)
+		usleep(10000);
+	assert_int_equal(atomic_load(&polls_mistaken), 0);
 	assert_false(holds_marker(w.sw, marker));
 	stop(&w);
 }
@@ -161,8 +255,10 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_reads_overtake_writes),
 		cmocka_unit_test(test_a_full_backlog_is_emptied),
+		cmocka_unit_test(test_reads_go_on_when_no_chunk_is_ready),
 #ifndef HAS_TSAN
 		cmocka_unit_test(test_buffers_keep_nothing),
+		cmocka_unit_test(test_buffers_keep_nothing_when_a_request_is_taken_back),
 #endif
 		cmocka_unit_test(test_cpus_are_kept_awake_while_requests_come),
 	};

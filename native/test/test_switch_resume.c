@@ -155,6 +155,47 @@ static void test_lanes_show_what_they_do(void **state)
 	stop(&w);
 }
 
+/* One request, and much to free: the lane is seen to move, and seen to be at it. */
+static void test_a_long_punch_shows_its_steps(void **state)
+{
+	const uint32_t mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+	const uint64_t pages[] = {0, NR_PAGES / 2 - 1, NR_PAGES - 1};
+	uint64_t idle, first, second;
+	struct world w;
+
+	(void)state;
+	start_with(&w, 2, 0);
+	for (size_t i = 0; i < ARRAY_SIZE(pages); i++) {
+		fill(pattern, 0, PAGE_BYTES, 5);
+		assert_int_equal(write_at(&w, pages[i] * PAGE_BYTES, PAGE_BYTES, pattern),
+				 PAGE_BYTES);
+	}
+	idle = await_busy(&w, 0);
+	/* It stands still at the first page, then at the last. */
+	slot_lock(&w.store->region->slots[0]);
+	slot_lock(&w.store->region->slots[NR_PAGES - 1]);
+	make_fallocate(&w, SWAP, 100, FILE_BYTES, mode);
+	post(&w);
+	first = await_busy(&w, 1);
+	assert_true(first != idle);
+	slot_unlock(&w.store->region->slots[0]);
+	for (int tries = 0; (second = await_busy(&w, 1)) == first; tries++) {
+		assert_true(tries < 5000);
+		usleep(1000);
+	}
+	slot_unlock(&w.store->region->slots[NR_PAGES - 1]);
+	assert_int_equal(answer(&w), 0);
+	assert_true(await_busy(&w, 0) != second);
+	for (size_t i = 0; i < ARRAY_SIZE(pages); i++) {
+		assert_int_equal(read_at(&w, pages[i] * PAGE_BYTES, PAGE_BYTES), PAGE_BYTES);
+		memset(pattern, 0, PAGE_BYTES);
+		if (!i)
+			fill(pattern, 0, 100, 5);
+		assert_memory_equal(content(), pattern, PAGE_BYTES);
+	}
+	stop(&w);
+}
+
 /* Whatever a dead worker's lane was at. */
 static void test_new_lanes_begin_idle(void **state)
 {
@@ -177,6 +218,7 @@ int main(void)
 		cmocka_unit_test(test_next_worker_resumes),
 		cmocka_unit_test(test_damaged_init_is_not_replayed),
 		cmocka_unit_test(test_lanes_show_what_they_do),
+		cmocka_unit_test(test_a_long_punch_shows_its_steps),
 		cmocka_unit_test(test_new_lanes_begin_idle),
 	};
 
