@@ -35,6 +35,8 @@ LEAST_PAUSE, MOST_PAUSE = 0.1, 5.0
 SETTLED_SECONDS = 1.0
 """A worker that served for less is followed by the next one after a pause."""
 MOST_START_SECONDS = 3600.0
+LOUD_PAUSE = 1.0
+MOST_UNSAID = 20
 NAMES_SECONDS = 10.0
 """When two control planes in a row have failed sooner than this, there is no third."""
 PROBE_SECONDS = 20.0
@@ -124,6 +126,7 @@ class _Watch:
         self._mount = mount
         self._interval = mount.options.heartbeat / PATIENCE
         self._heartbeat: Heartbeat | None = None
+        self._hung = False
         self.look_at = process.began + start_seconds if self._interval else None
 
     def started(self) -> None:
@@ -131,6 +134,10 @@ class _Watch:
         if self._heartbeat is None and self._interval:
             self._heartbeat = Heartbeat()
             self.look_at = time.monotonic() + self._interval
+
+    def is_well(self) -> bool:
+        """Say whether it serves, for all that is known."""
+        return self._process.served_from is not None and not self._hung
 
     def hangs(self) -> bool:
         """Look, if it is time; say whether it hangs, once: then it is killed."""
@@ -144,6 +151,7 @@ class _Watch:
             if not self._heartbeat.hangs(steps, waiting=waiting):
                 return False
         self.look_at = None
+        self._hung = True
         return True
 
 
@@ -168,6 +176,7 @@ class Supervisor:
         self._pause = 0.0
         self._python = sys.executable
         self._start_seconds = START_SECONDS
+        self._unsaid: list[str] = []
         self._programs: dict[str, Program] = {}
         """By what they are for: 'restart', 'down'."""
         self._signal_fd, signals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -183,8 +192,10 @@ class Supervisor:
             self._mount = replace(self._mount, worker=process.pid)
             code = self._look_after(process)
             if code == 0:
+                self._say_all()
                 return 0
             if not self._usable:
+                self._say_all()
                 with suppress(OSError):
                     unmount(self._mount.mountpoint, lazily=True)
                 return 1
@@ -194,6 +205,8 @@ class Supervisor:
             self._pause = 0 if process.has_served_for(SETTLED_SECONDS) else self._longer_pause()
             again = f" in {self._pause:.1f} s" if self._pause else ""
             self._complain(f"the worker ended with {code}; the next one takes over{again}")
+            if self._pause > LOUD_PAUSE:
+                self._say_all()  # who never serves has to be known of all the same
             time.sleep(self._pause)
 
     def _count_failure(self, process: _Worker) -> None:
@@ -229,10 +242,21 @@ class Supervisor:
                     raise
                 self._pause = self._longer_pause()
                 self._complain(f"cannot fork: {error}; again in {self._pause:.1f} s")
+                if self._pause > LOUD_PAUSE:
+                    self._say_all()
                 time.sleep(self._pause)
 
     def _complain(self, text: str) -> None:
-        complain(f"{self._mount.mountpoint}: {text}")
+        """Have it said when a worker serves.
+
+        The kernel's log takes memory, and while nobody serves, who asks for memory may wait for
+        the next worker: for us.
+        """
+        self._unsaid = [*self._unsaid[-MOST_UNSAID + 1 :], text]
+
+    def _say_all(self) -> None:
+        while self._unsaid:
+            complain(f"{self._mount.mountpoint}: {self._unsaid.pop(0)}")
 
     def _look_after(self, process: _Worker) -> int:
         """Attend to a worker until it ends, whatever goes wrong here; return its exit code."""
@@ -247,6 +271,8 @@ class Supervisor:
         """Listen to a worker and look after it until it ends; return its exit code."""
         watch = _Watch(process, self._mount, self._start_seconds)
         while True:
+            if watch.is_well():
+                self._say_all()
             ready = self._wait(process.says_fd, watch.look_at)
             if process.says_fd in ready and not self._listen(process):
                 return process.wait()
