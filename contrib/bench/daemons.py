@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from zswapfs.check import find_processes
 
 TROUBLE = ("BUG", "WARNING", "Oops", "hung task", "blocked for more", "I/O error", "Write-error")
 READY_SECONDS = 30
+LOG_SECONDS, LOG_BYTES = 20, 1 << 20
 FEW_PAGES = 1000
 """mkswap, swapon and whoever looks what is on the device touch fewer."""
 
@@ -138,15 +140,36 @@ class Prober:
         os.close(self._fd)
 
 
+def _is_logged(text: str, file: Path) -> bool:
+    """Say something in the kernel's log; return whether who follows it has seen that."""
+    mark = f"zswapfs-bench: {text} {os.getpid()} {time.monotonic()}"
+    end = time.monotonic() + LOG_SECONDS
+    while time.monotonic() < end:
+        # Again and again: it may not follow yet. Unended, it would not be shown before the next.
+        Path("/dev/kmsg").write_text(f"{mark}\n")
+        time.sleep(0.2)
+        if mark in file.read_text(errors="replace")[-LOG_BYTES:]:
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def kernel_log() -> Iterator[list[str]]:
-    """Yield a list that has, at the end, what the kernel has said of trouble meanwhile."""
-    mark = f"zswapfs-bench: {os.getpid()} {time.monotonic()}"
-    Path("/dev/kmsg").write_text(f"{mark}\n")  # unended, it would not be shown before the next
+    """Yield a list that has, at the end, what the kernel has said of trouble meanwhile.
+
+    It is followed all the time: the kernel itself keeps little of it.
+    """
     said: list[str] = []
-    yield said
-    before, found, after = system.run("dmesg").partition(mark)
-    if not found:
-        said.append("the kernel's log is too short for this: its beginning is gone (log_buf_len)")
-    lines = (after if found else before).splitlines()
-    said += [line for line in lines if any(word in line for word in TROUBLE)]
+    with tempfile.TemporaryDirectory(prefix="zswapfs-bench-log-") as folder:
+        file = Path(folder) / "log"
+        with file.open("w") as out, subprocess.Popen(["dmesg", "--follow-new"], stdout=out) as tool:
+            try:
+                began = _is_logged("begin", file)
+                yield said
+                ended = _is_logged("end", file)
+            finally:
+                tool.terminate()
+        if not (began and ended):
+            said.append("the kernel's log could not be followed")
+        lines = file.read_text(errors="replace").splitlines()
+        said += [line for line in lines if any(word in line for word in TROUBLE)]
