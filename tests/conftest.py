@@ -319,3 +319,15 @@ def corpus(corpus_file: Path) -> list[bytes]:
     """Return real memory pages."""
     data = corpus_file.read_bytes()
     return [data[at : at + 4096] for at in range(0, len(data), 4096)]
+
+
+@pytest.fixture
+def strange(place: Path) -> Callable[[str], Mounted]:
+    """Return what mounts with a daemon that has a fault."""
+
+    def make(what: str) -> Mounted:
+        done = mount_strange(place, what)
+        assert done.returncode == 0, done.stderr
+        return Mounted(place)
+
+    return make

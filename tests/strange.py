@@ -98,6 +98,17 @@ def slow_start() -> None:
     worker.run = run
 
 
+def late_second_worker() -> None:
+    """Have the second worker serve after two seconds."""
+
+    def run(job: worker.Job) -> int:
+        if job.restarts == 1:
+            time.sleep(2)
+        return _run(job)
+
+    worker.run = run
+
+
 def confused_supervisor() -> None:
     """Fail each second time that a supervisor looks after its worker."""
     steps = store.lane_steps

@@ -12,6 +12,7 @@ import os
 import re
 import select
 import socket
+import stat
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,12 +64,20 @@ class _KernelLog(logging.Handler):
                 os.write(2, piece)
 
 
-def write_line(fd: int, line: str) -> None:
-    """Write to whoever listens; to nobody if nobody does, or reads so late that it would wait."""
+def _would_wait(fd: int) -> bool:
+    """Say whether somebody has to read first. /dev/kmsg takes all, but poll() does not say so."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)):
+        return False
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
-    if poll.poll(0):
-        with suppress(OSError):
+    return not poll.poll(0)
+
+
+def write_line(fd: int, line: str) -> None:
+    """Write to whoever listens; to nobody if nobody does, or reads so late that it would wait."""
+    with suppress(OSError):
+        if not _would_wait(fd):
             os.write(fd, f"{line}\n".encode(errors="surrogateescape"))
 
 
